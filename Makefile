@@ -1,0 +1,52 @@
+# Every target is complete from a bare checkout: it finds a Python, makes its environment, installs, runs.
+# `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTEST_OPTIONS := --durations=15 --timeout=900 --timeout-method=thread
+PACKAGES := foejax sharding pallas_kernels
+# What the oldest supported JAX could break: the model, its bindings, the kernels.
+TESTS_311 := $(wildcard tests/test_config.py tests/test_packaging.py tests/test_model*.py tests/test_layout*.py \
+    tests/test_grouped_matmul*.py)
+
+.PHONY: help demo test test-slow test-311 parity lint bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: .venv/.installed ## train the tiny FoE and MoE models side by side into runs/demo
+	.venv/bin/python -m experiments.demo
+
+test: .venv/.installed ## all tests but the slow and the parity ones
+	.venv/bin/python -m pytest $(PYTEST_OPTIONS) -m "not slow and not parity"
+
+test-slow: .venv/.installed ## the tests that take minutes
+	.venv/bin/python -m pytest $(PYTEST_OPTIONS) -m "slow and not parity"
+
+test-311: .venv311/.installed ## a fast subset on Python 3.11 with its older JAX
+	.venv311/bin/python -m pytest $(PYTEST_OPTIONS) -m "not slow and not parity" $(TESTS_311)
+
+parity: .venv-parity/.installed ## the tests against torch and transformers, in an environment of their own (3.11)
+	.venv-parity/bin/python -m pytest $(PYTEST_OPTIONS) -m parity
+
+lint: .venv/.installed ## formatting, ruff, mypy
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy $(PACKAGES)
+
+bench: .venv/.installed ## every benchmark script, experiments/bench_*.py
+	@set -e; for script in $(notdir $(basename $(wildcard experiments/bench_*.py))); do \
+	    echo "experiments.$$script"; .venv/bin/python -m experiments.$$script; done
+
+clean: ## remove environments, caches and build outputs; runs/ stays
+	rm -rf .venv .venv311 .venv-parity build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find foejax sharding pallas_kernels experiments tests -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml constraints.txt
+	@.ci/make-environment .venv dev 3.12 3.13 3.11
+
+.venv311/.installed: pyproject.toml constraints.txt
+	@.ci/make-environment .venv311 dev 3.11
+
+.venv-parity/.installed: pyproject.toml constraints.txt
+	@.ci/make-environment .venv-parity dev,parity 3.11
