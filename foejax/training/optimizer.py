@@ -5,6 +5,8 @@ Shape letters: L layers, E experts, H groups.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -33,7 +35,12 @@ def learning_rate_schedule(config: TrainingConfig) -> optax.Schedule:
         joined = optax.join_schedules([warmup, decay], [config.warmup_steps])
     else:
         joined = optax.join_schedules([warmup, optax.constant_schedule(peak)], [config.warmup_steps])
-    return lambda steps_taken: jnp.asarray(joined(steps_taken + 1), jnp.float32)
+
+    def schedule(steps_taken: jax.Array) -> jax.Array:
+        with _default_promotion():
+            return jnp.asarray(joined(steps_taken + 1), jnp.float32)
+
+    return schedule
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:
@@ -68,12 +75,18 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
 
     The moments have the dtype of the parameters, which are at least float32.
     """
-    return optax.chain(
+    adamw = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.adam_eps),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate_schedule(config)),
     )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with _default_promotion():
+            return adamw.update(updates, state, params)
+
+    return optax.GradientTransformation(adamw.init, update)
 
 
 def update_selection_bias(
@@ -94,3 +107,10 @@ def update_selection_bias(
     loads_LHE = tokens_per_expert_LE.astype(bias_LE.dtype).reshape(num_layers, num_groups, num_experts // num_groups)
     below_LHE = jnp.sign(loads_LHE.mean(axis=-1, keepdims=True) - loads_LHE)
     return bias_LE + jnp.asarray(rate, bias_LE.dtype) * below_LHE.reshape(num_layers, num_experts)
+
+
+@contextmanager
+def _default_promotion() -> Iterator[None]:
+    """optax relies on JAX's default promotion; the library around it also works under the strict one."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

@@ -35,14 +35,15 @@ class TrainState:
       router_state: selection bias of loss-free balancing, [L, E]; not trained by gradient.
       opt_state: state of the optimizer.
       step: optimizer steps taken, int32 scalar.
-      key: root random key of the run; step n may draw from `fold_in(key, n)`.
+      key_data: root random key of the run as raw data, uint32 [2]; step n draws from
+        `fold_in(wrap_key_data(key_data), n)`.
     """
 
     params: Any
     router_state: Any
     opt_state: Any
     step: jax.Array
-    key: jax.Array
+    key_data: jax.Array
 
 
 def create_train_state(
@@ -51,7 +52,8 @@ def create_train_state(
     """The state before the first step; moments are sharded like their parameters, counters are replicated."""
 
     def start(params: Any, router_state: Any, key: jax.Array) -> TrainState:
-        return TrainState(params, router_state, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+        key_data = jax.random.key_data(key)
+        return TrainState(params, router_state, optimizer.init(params), jnp.zeros((), jnp.int32), key_data)
 
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
@@ -67,7 +69,7 @@ def create_train_state(
             transform_non_params=lambda _: replicated,
         ),
         step=replicated,
-        key=replicated,
+        key_data=replicated,
     )
     return jax.jit(start, out_shardings=out_shardings)(params, router_state, jax.device_put(key, replicated))
 
@@ -126,7 +128,7 @@ def make_train_step(
             "load_imbalance": load_imbalance(tokens_per_expert_LE),
             "num_tokens": figures["num_tokens"],
         }
-        return TrainState(params, router_state, opt_state, state.step + 1, state.key), metrics
+        return TrainState(params, router_state, opt_state, state.step + 1, state.key_data), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     replicated = NamedSharding(mesh, PartitionSpec())
