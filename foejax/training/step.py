@@ -32,7 +32,7 @@ class TrainState:
 
     Attributes:
       params: trained parameters.
-      router_state: selection bias of loss-free balancing, [L, E]; not trained by gradient.
+      router_state: selection bias of loss-free balancing, [L, H, E / H]; not trained by gradient.
       opt_state: state of the optimizer.
       step: optimizer steps taken, int32 scalar.
       key_data: root random key of the run as raw data, uint32 [2]; step n draws from
@@ -112,11 +112,12 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        router_state = state.router_state
-        tokens_per_expert_LE = figures["tokens_per_expert"]
+        router_state, tokens_per_expert_LE = state.router_state, figures["tokens_per_expert"]
         if router_bias_rate > 0:
             router_state = jax.tree.map(
-                lambda bias: update_selection_bias(bias, tokens_per_expert_LE, router_bias_rate, num_groups),
+                lambda bias: update_selection_bias(
+                    bias.reshape(tokens_per_expert_LE.shape), tokens_per_expert_LE, router_bias_rate, num_groups
+                ).reshape(bias.shape),
                 router_state,
             )
         metrics = {
