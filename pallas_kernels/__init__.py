@@ -1,0 +1,9 @@
+"""Compute kernels of the expert layers: one folder per operation, every backend behind one function.
+
+An operation and its folder share their name, and the function wins: write `from pallas_kernels import grouped_matmul`
+for the function and `from pallas_kernels.grouped_matmul.shapes import SHAPES` for something else of the folder.
+"""
+
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+
+__all__ = ["grouped_matmul"]

@@ -1,0 +1,150 @@
+"""The public grouped matmul: checks its arguments, picks a backend and ties it to its gradients.
+
+Shape letters: R rows sorted by expert, K contracted features, N output features, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.varying import cast_to_varying, varying_axes
+
+logger = logging.getLogger(__name__)
+
+Implementation = Literal[
+    "xla",  # a loop over the row tiles in use; runs on every device
+    "reference",  # one gathered weight matrix per row, differentiated by JAX; the oracle of the tests
+]
+
+
+class GroupedMatmulError(ValueError):
+    """Arguments that do not fit together; the message names the argument, its value and the way out."""
+
+
+class _Backend(NamedTuple):
+    """What a backend brings. Neither function is differentiated: `_with_own_gradient` says what the gradients are."""
+
+    matmul: Callable[..., jax.Array]  # (x_RK, w_EKN or w_ENK, group_sizes_E, *, transpose_rhs) -> y_RN
+    weight_gradient: Callable[..., jax.Array]  # (x_RK, dy_RN, group_sizes_E) -> dw_EKN
+
+
+_BACKENDS: dict[str, _Backend] = {
+    "xla": _Backend(xla.matmul, xla.weight_gradient),
+}
+
+
+def grouped_matmul(
+    x_RK: jax.Array,
+    w_EKN: jax.Array,
+    group_sizes_E: jax.Array,
+    *,
+    transpose_rhs: bool = False,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Multiplies each group of rows by the weights of its own expert.
+
+    The first `group_sizes_E[0]` rows of `x_RK` meet `w_EKN[0]`, the next `group_sizes_E[1]` rows meet `w_EKN[1]`, and
+    so on. Rows past `group_sizes_E.sum()` are padding: whatever they hold (NaN included), their output and their
+    gradient are exactly zero, and they cost no compute. Sums are formed in float32 (float64 for float64 operands)
+    before the result is cast. Experts without rows get a gradient of exactly zero. Differentiable in `x_RK` and
+    `w_EKN`, once, in reverse mode. Inside `jax.shard_map` the operands may vary over different mesh axes; the result
+    varies over all of them.
+
+    Args:
+      x_RK: [R, K] bfloat16, float32 or float64, rows sorted by expert.
+      w_EKN: [E, K, N], same dtype as `x_RK`; [E, N, K] with `transpose_rhs`.
+      group_sizes_E: [E] integers >= 0, the number of rows of each expert. A sum above R is cut off at R.
+      transpose_rhs: contract with the last axis of the weights, not the middle one; nothing is transposed in memory.
+      implementation: the backend; None picks one for the device and shape and logs the choice once.
+
+    Returns:
+      y_RN: [R, N], same dtype as `x_RK`.
+
+    Raises:
+      GroupedMatmulError: shapes or dtypes that do not fit together, or an unknown implementation.
+    """
+    _check_arguments(x_RK, w_EKN, group_sizes_E, transpose_rhs)
+    if implementation is None:
+        implementation = _pick_implementation(jax.default_backend(), x_RK.shape, w_EKN.shape, str(x_RK.dtype))
+    elif implementation not in get_args(Implementation):
+        raise GroupedMatmulError(f"implementation={implementation!r}: choose one of {get_args(Implementation)} or None")
+    # Casting here, outside the custom gradient, leaves it to JAX to sum a replicated operand's gradient over the mesh.
+    axes = varying_axes(x_RK, w_EKN, group_sizes_E)
+    x_RK, w_EKN = cast_to_varying(x_RK, axes), cast_to_varying(w_EKN, axes)
+    group_sizes_E = cast_to_varying(group_sizes_E.astype(jnp.int32), axes)
+    with jax.named_scope("grouped_matmul"):
+        if implementation == "reference":
+            return reference.matmul(x_RK, w_EKN, group_sizes_E, transpose_rhs=transpose_rhs)
+        return _with_own_gradient(x_RK, w_EKN, group_sizes_E, transpose_rhs, implementation)
+
+
+def _check_arguments(x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, transpose_rhs: bool) -> None:
+    named = (("x_RK", x_RK, "R, K"), ("w_EKN", w_EKN, "E, K, N"), ("group_sizes_E", group_sizes_E, "E"))
+    for name, array, axes in named:
+        if array.ndim != axes.count(",") + 1:
+            raise GroupedMatmulError(f"{name} has shape {array.shape}: give it the axes [{axes}]")
+    contracted = w_EKN.shape[2 if transpose_rhs else 1]
+    if x_RK.shape[1] != contracted:
+        raise GroupedMatmulError(
+            f"x_RK has {x_RK.shape[1]} features, but w_EKN of shape {w_EKN.shape} contracts {contracted} with "
+            f"transpose_rhs={transpose_rhs}: make them equal, or flip transpose_rhs if the weights are stored [E, N, K]"
+        )
+    if group_sizes_E.shape[0] != w_EKN.shape[0]:
+        raise GroupedMatmulError(
+            f"group_sizes_E has {group_sizes_E.shape[0]} entries, but w_EKN has {w_EKN.shape[0]} experts: "
+            "give one entry per expert"
+        )
+    if w_EKN.shape[0] == 0:
+        raise GroupedMatmulError(f"w_EKN has shape {w_EKN.shape}: at least one expert is needed")
+    if not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
+        raise GroupedMatmulError(f"group_sizes_E has dtype {group_sizes_E.dtype}: count rows in int32")
+    if x_RK.dtype != w_EKN.dtype:
+        raise GroupedMatmulError(f"x_RK is {x_RK.dtype} and w_EKN is {w_EKN.dtype}: cast one of them")
+    if not jnp.issubdtype(x_RK.dtype, jnp.floating):
+        raise GroupedMatmulError(f"x_RK and w_EKN have dtype {x_RK.dtype}: use bfloat16, float32 or float64")
+
+
+@functools.cache
+def _pick_implementation(
+    platform: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...], dtype: str
+) -> Implementation:
+    """The backend for this device and these shapes; cached, so that each choice is logged once."""
+    choice: Implementation = "xla"
+    logger.info("grouped_matmul of %s rows %s by weights %s on %s: %s", dtype, x_shape, w_shape, platform, choice)
+    return choice
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _with_own_gradient(
+    x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, transpose_rhs: bool, backend: str
+) -> jax.Array:
+    return _BACKENDS[backend].matmul(x_RK, w_EKN, group_sizes_E, transpose_rhs=transpose_rhs)
+
+
+_Residuals = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _forward(
+    x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, transpose_rhs: bool, backend: str
+) -> tuple[jax.Array, _Residuals]:
+    y_RN = _BACKENDS[backend].matmul(x_RK, w_EKN, group_sizes_E, transpose_rhs=transpose_rhs)
+    return y_RN, (x_RK, w_EKN, group_sizes_E)
+
+
+def _backward(
+    transpose_rhs: bool, backend: str, residuals: _Residuals, dy_RN: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x_RK, w_EKN, group_sizes_E = residuals
+    dx_RK = _BACKENDS[backend].matmul(dy_RN, w_EKN, group_sizes_E, transpose_rhs=not transpose_rhs)
+    left, right = (dy_RN, x_RK) if transpose_rhs else (x_RK, dy_RN)
+    return dx_RK, _BACKENDS[backend].weight_gradient(left, right, group_sizes_E), None
+
+
+_with_own_gradient.defvjp(_forward, _backward)

@@ -1,0 +1,48 @@
+"""Named shapes of real models' expert matmuls, shared by benchmarks, tuning and tests.
+
+Each is one device's share of a forward pass over the up (or gate) projection [D, F] and the down projection [F, D].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class GroupedMatmulShape(NamedTuple):
+    """R rows in E groups, contracted over K features to N features."""
+
+    rows: int
+    experts: int
+    contracted: int
+    features: int
+
+    @property
+    def flops(self) -> int:
+        """Useful floating-point operations of one forward product with every row in use."""
+        return 2 * self.rows * self.contracted * self.features
+
+
+def _up_and_down(
+    name: str, *, tokens: int, experts: int, top_k: int, model_size: int, expert_hidden: int
+) -> dict[str, GroupedMatmulShape]:
+    rows = tokens * top_k
+    return {
+        f"{name}/up": GroupedMatmulShape(rows, experts, model_size, expert_hidden),
+        f"{name}/down": GroupedMatmulShape(rows, experts, expert_hidden, model_size),
+    }
+
+
+SHAPES: dict[str, GroupedMatmulShape] = {
+    # The size at which the CPU path is held against a plain matmul.
+    "acceptance": GroupedMatmulShape(4096, 64, 512, 512),
+    # Laptop-size models: one FoE group's few experts, and all experts of the matched MoE.
+    **_up_and_down("demo_foe", tokens=2048, experts=8, top_k=1, model_size=128, expert_hidden=128),
+    **_up_and_down("demo_moe", tokens=2048, experts=32, top_k=4, model_size=128, expert_hidden=128),
+    # FoE: Table 8 of the paper; 64 experts in 8 groups, one expert a token in each group, one group per device.
+    **_up_and_down("foe_1b", tokens=16 * 2048, experts=8, top_k=1, model_size=768, expert_hidden=384),
+    **_up_and_down("foe_7b", tokens=6 * 2048, experts=8, top_k=1, model_size=2048, expert_hidden=1024),
+    # OLMoE-1B-7B (arXiv 2409.02060), Mixtral 8x7B (arXiv 2401.04088), Qwen3-30B-A3B (arXiv 2505.09388): 4096 tokens.
+    **_up_and_down("olmoe_1b_7b", tokens=4096, experts=64, top_k=8, model_size=2048, expert_hidden=1024),
+    **_up_and_down("mixtral_8x7b", tokens=4096, experts=8, top_k=2, model_size=4096, expert_hidden=14336),
+    **_up_and_down("qwen3_30b_a3b", tokens=4096, experts=128, top_k=8, model_size=2048, expert_hidden=768),
+}

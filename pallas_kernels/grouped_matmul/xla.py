@@ -1,0 +1,120 @@
+"""Grouped matmul in plain XLA: a loop over row tiles that runs only as often as there are tiles in use.
+
+`jax.lax.ragged_dot` does E times the useful work on CPU and GPU; here a tile of rows meets one expert's matrix, so the
+excess is the unused part of each expert's last tile. The loop's length is data, and JAX does not differentiate such
+loops in reverse: `api.py` makes these functions each other's gradients instead.
+
+Shape letters: R rows, K contracted features, N output features, E experts, M rows of a tile, L listed tiles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.varying import cast_to_varying, varying_axes
+
+_SMALLEST_TILE, _LARGEST_TILE = 8, 128
+
+
+class _Tiles(NamedTuple):
+    """The row tiles in order of rows; only the first `num_live` entries are in use."""
+
+    experts: jax.Array  # [L]
+    starts: jax.Array  # [L] first row of the tile
+    stops: jax.Array  # [L] one past its last row
+    num_live: jax.Array
+
+
+def matmul(x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, *, transpose_rhs: bool = False) -> jax.Array:
+    """y_RN = rows of `x_RK` times their expert's matrix; contract as in `api.grouped_matmul`, without a gradient."""
+    num_rows, num_experts = x_RK.shape[0], w_EKN.shape[0]
+    num_features = w_EKN.shape[1 if transpose_rhs else 2]
+    axes = varying_axes(x_RK, w_EKN, group_sizes_E)
+    y_RN = cast_to_varying(jnp.zeros((num_rows, num_features), x_RK.dtype), axes)
+    if y_RN.size == 0 or x_RK.size == 0:
+        return y_RN
+    height = tile_height(num_rows, num_experts)
+    tiles = _list_tiles(group_sizes_E, num_rows, height)
+    contraction = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
+
+    def multiply_tile(index: jax.Array, y_RN: jax.Array) -> jax.Array:
+        first_row, in_use_M1 = _window(tiles, index, num_rows, height)
+        x_MK = lax.dynamic_slice_in_dim(x_RK, first_row, height)
+        w_KN = lax.dynamic_index_in_dim(w_EKN, tiles.experts[index], keepdims=False)
+        y_MN = lax.dot_general(x_MK, w_KN, contraction, preferred_element_type=_sum_dtype(x_RK)).astype(x_RK.dtype)
+        other_MN = lax.dynamic_slice_in_dim(y_RN, first_row, height)
+        return lax.dynamic_update_slice_in_dim(y_RN, jnp.where(in_use_M1, y_MN, other_MN), first_row, 0)
+
+    return lax.fori_loop(0, tiles.num_live, multiply_tile, y_RN)
+
+
+def weight_gradient(x_RK: jax.Array, dy_RN: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """dw_EKN: for each expert the sum over its rows of x outer dy, summed in at least float32; zero without rows."""
+    num_rows, num_experts = x_RK.shape[0], group_sizes_E.shape[0]
+    dw_shape = (num_experts, x_RK.shape[1], dy_RN.shape[1])
+    axes = varying_axes(x_RK, dy_RN, group_sizes_E)
+    dw_EKN = cast_to_varying(jnp.zeros(dw_shape, x_RK.dtype), axes)
+    if dw_EKN.size == 0 or num_rows == 0:
+        return dw_EKN
+    sum_KN = cast_to_varying(jnp.zeros(dw_shape[1:], _sum_dtype(x_RK)), axes)
+    height = tile_height(num_rows, num_experts)
+    tiles = _list_tiles(group_sizes_E, num_rows, height)
+
+    def add_tile(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        sum_KN, dw_EKN = carry
+        first_row, in_use_M1 = _window(tiles, index, num_rows, height)
+        # Both sides are masked: either may hold NaN in rows that are not this expert's.
+        x_MK, dy_MN = (
+            jnp.where(in_use_M1, rows, jnp.zeros_like(rows))
+            for rows in (lax.dynamic_slice_in_dim(side, first_row, height) for side in (x_RK, dy_RN))
+        )
+        product_KN = lax.dot_general(x_MK, dy_MN, (((0,), (0,)), ((), ())), preferred_element_type=sum_KN.dtype)
+        expert = tiles.experts[index]
+        same_expert = (index > 0) & (tiles.experts[jnp.maximum(index - 1, 0)] == expert)
+        sum_KN = product_KN + jnp.where(same_expert, sum_KN, jnp.zeros_like(sum_KN))
+        # One matrix is summed and stored after every tile: a float32 sum for all experts would double bfloat16's memory.
+        return sum_KN, lax.dynamic_update_index_in_dim(dw_EKN, sum_KN.astype(dw_EKN.dtype), expert, 0)
+
+    return lax.fori_loop(0, tiles.num_live, add_tile, (sum_KN, dw_EKN))[1]
+
+
+def tile_height(num_rows: int, num_experts: int) -> int:
+    """Rows of a tile: about half an expert's mean share, as a power of two.
+
+    Taller tiles waste compute in each expert's last tile, lower ones read the weights more often; the optimum is flat.
+    """
+    half_share = max(num_rows // (2 * num_experts), 1)
+    power_of_two = 1 << (half_share.bit_length() - 1)
+    return min(max(power_of_two, _SMALLEST_TILE), _LARGEST_TILE, num_rows)
+
+
+def _sum_dtype(array: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(array.dtype, jnp.float32)
+
+
+def _list_tiles(group_sizes_E: jax.Array, num_rows: int, height: int) -> _Tiles:
+    """Cuts every group into tiles that start at its first row; experts without rows get none."""
+    ends_E = jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), num_rows)
+    starts_E = jnp.concatenate([jnp.zeros_like(ends_E[:1]), ends_E[:-1]])
+    tiles_E = (ends_E - starts_E + (height - 1)) // height
+    tile_ends_E = jnp.cumsum(tiles_E, dtype=jnp.int32)
+    num_experts = group_sizes_E.shape[0]
+    tile_L = jnp.arange(num_rows // height + min(num_experts, num_rows), dtype=jnp.int32)
+    expert_L = (tile_L[:, None] >= tile_ends_E[None, :]).sum(1, dtype=jnp.int32)
+    expert_L = jnp.minimum(expert_L, num_experts - 1)  # the entries past `num_live`
+    start_L = starts_E[expert_L] + (tile_L - (tile_ends_E - tiles_E)[expert_L]) * height
+    return _Tiles(expert_L, start_L, jnp.minimum(start_L + height, ends_E[expert_L]), tile_ends_E[-1])
+
+
+def _window(tiles: _Tiles, index: jax.Array, num_rows: int, height: int) -> tuple[jax.Array, jax.Array]:
+    """First row of the `height` rows to load, and which of them [M, 1] belong to the tile.
+
+    A tile near the end loads earlier rows as well, rather than rows past the end of the array.
+    """
+    first_row = jnp.minimum(tiles.starts[index], num_rows - height)
+    row_M1 = first_row + jnp.arange(height, dtype=jnp.int32)[:, None]
+    return first_row, (row_M1 >= tiles.starts[index]) & (row_M1 < tiles.stops[index])
