@@ -27,9 +27,10 @@ def make_mesh(*sizes: int) -> Mesh:
     return Mesh(devices, ("data", "group"), axis_types=(AxisType.Auto,) * 2)
 
 
-def make_state(mesh: Mesh, spec: PartitionSpec = PartitionSpec("data")) -> TrainState:
+def make_state(mesh: Mesh, *rows: str) -> TrainState:
+    """A small state whose rows are split over these mesh axes (`data` unless told otherwise)."""
     params = {"w": jnp.arange(32.0).reshape(8, 4), "block": {"norm": jnp.ones((8,))}}
-    params = jax.device_put(params, NamedSharding(mesh, spec))
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec(rows or "data")))
     bias = {"bias": jax.device_put(jnp.zeros((2, 4)), NamedSharding(mesh, PartitionSpec()))}
     return create_train_state(params, bias, optax.adam(0.1), jax.random.key(7), mesh)
 
@@ -67,7 +68,7 @@ def test_restores_everything_bit_for_bit_with_its_shardings(tmp_path: Path):
 
 def test_restores_onto_another_mesh(tmp_path: Path):
     saved = save_steps(tmp_path, 1)[1]
-    template = make_state(make_mesh(2, 4), PartitionSpec(("data", "group")))
+    template = make_state(make_mesh(2, 4), "data", "group")
     restored = CheckpointStore(tmp_path).restore(template, CONFIG)
     assert restored is not None and same(restored.state, saved)
     assert restored.state.params["w"].sharding == template.params["w"].sharding

@@ -13,7 +13,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from foejax.training.batches import Batch, HostBatch, place_batch
+from foejax.data import Dataset
+from foejax.models import LanguageModel
+from foejax.training.batches import Batch, HostBatch, data_shard, place_batch
 from foejax.training.step import LossFunction
 
 
@@ -75,24 +77,23 @@ class Evaluator:
         return EvalResult(loss, bits_per_byte, perplexity, tokens_per_expert, num_tokens, num_bytes)
 
 
-def evaluate(model: Any, dataset: Any, limit: int | None = None) -> EvalResult:
+def evaluate(model: LanguageModel, dataset: Dataset, limit: int | None = None) -> EvalResult:
     """Evaluate a `LanguageModel` on the validation split of a dataset.
 
     Args:
-      model: a `foejax.models.LanguageModel`.
-      dataset: a `foejax.data.Dataset` whose tokenizer is the model's.
+      model: arrays on its layout's mesh.
+      dataset: its tokenizer is the model's.
       limit: number of validation batches; None takes all.
     """
-    from foejax.data import token_byte_lengths
-
     graphdef, params, router_state = nnx.split(model, nnx.Param, nnx.Variable)
     sharding = model.layout.sharding(model.layout.batch_spec())
-    token_bytes = pad_token_bytes(token_byte_lengths(dataset.tokenizer), model.config.vocab_size)
-    evaluator = Evaluator(model_loss(graphdef), sharding, token_bytes)
-    return evaluator.run(params, router_state, dataset.validation_batches(limit=limit))
+    token_bytes = pad_token_bytes(dataset.token_byte_lengths, model.config.vocab_size)
+    shard = data_shard(sharding, dataset.config.batch_size)
+    batches = dataset.validation_batches(None, limit, *shard)
+    return Evaluator(model_loss(graphdef), sharding, token_bytes).run(params, router_state, batches)
 
 
-def model_loss(graphdef: Any, **options: Any) -> LossFunction:
+def model_loss(graphdef: nnx.GraphDef, **options: Any) -> LossFunction:
     """The loss of a split `LanguageModel` as a pure function of its parameters; `options` go to its `loss`."""
 
     def loss_function(params: Any, router_state: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:

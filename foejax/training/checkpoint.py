@@ -2,7 +2,7 @@
 
     DIR/00000010/            one checkpoint, complete by construction: the folder is renamed into place
       state/                 orbax: params, router_state, training (optimizer, step, random key)
-      data_state_P.json      position of process P in the data
+      data_state.json        position in the data, the same for any number of processes
       info.json              step, validation loss, run config
       manifest.json          size and SHA-256 of every file above
     DIR/00000020.saving/     a save under way, or one that was cut off
@@ -37,7 +37,7 @@ SAVING, DAMAGED = ".saving", ".damaged"
 
 @dataclass(frozen=True)
 class Restored:
-    """A training state read back from disk, with the position of this process in the data."""
+    """A training state read back from disk, with the position in the data."""
 
     step: int
     state: TrainState
@@ -85,7 +85,7 @@ class CheckpointStore:
           state: the state after `step` steps; may be donated to the next step right away.
           step: `int(state.step)`.
           config: the run's config, stored next to the state.
-          data_state: JSON-serialisable position of this process in the data.
+          data_state: JSON-serialisable position in the data.
           validation_loss: for `keep_best`; None when this step was not evaluated.
 
         Raises:
@@ -98,12 +98,10 @@ class CheckpointStore:
         info = {
             "step": step,
             "validation_loss": validation_loss,
-            "process_count": jax.process_count(),
             "config": config.model_dump(),
         }
         try:
-            self._prepare(saving, info)
-            write_json(saving / f"data_state_{jax.process_index()}.json", data_state)
+            self._prepare(saving, {"info.json": info, "data_state.json": data_state})
             items = {name: ocp.args.StandardSave(named) for name, named in _items(state).items()}
             self._checkpointer.save(saving / "state", args=ocp.args.Composite(**items))
         except Exception as error:
@@ -140,7 +138,7 @@ class CheckpointStore:
           config: its model section must be the checkpoint's.
 
         Raises:
-          ConfigError: the checkpoint holds another architecture, or was written by another number of processes.
+          ConfigError: the checkpoint holds another architecture.
           CheckpointError: there are checkpoints but none is good.
         """
         step = self.newest_good_step()
@@ -149,13 +147,8 @@ class CheckpointStore:
         folder = self._folder(step)
         info = _read_json(folder / "info.json")
         check_architecture(info["config"]["model"], config.model, folder)
-        if info["process_count"] != jax.process_count():
-            raise ConfigError(
-                f"checkpoint {folder} was written by {info['process_count']} processes and this run has "
-                f"{jax.process_count()}: start it with {info['process_count']}"
-            )
         state = self._read(folder, template)
-        data_state = _read_json(folder / f"data_state_{jax.process_index()}.json")
+        data_state = _read_json(folder / "data_state.json")
         return Restored(step, state, data_state, info["validation_loss"])
 
     def restore_model(self, params: Any, router_state: Any, config: ModelConfig) -> tuple[Any, Any, int]:
@@ -222,11 +215,12 @@ class CheckpointStore:
             f"{damage} and no older checkpoint in {self.directory} is good: move the folder away to start anew"
         )
 
-    def _prepare(self, saving: Path, info: dict[str, Any]) -> None:
+    def _prepare(self, saving: Path, files: dict[str, Any]) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(saving, ignore_errors=True)
             saving.mkdir(parents=True)
-            write_json(saving / "info.json", info)
+            for name, content in files.items():
+                write_json(saving / name, content)
         _barrier("prepare_checkpoint")
 
     def _finish(self, saving: Path) -> None:

@@ -1,4 +1,4 @@
-"""A list of every file of a finished checkpoint with its size and SHA-256, so that damage is found before it is used."""
+"""Every file of a finished checkpoint with its size and SHA-256, so that damage is found before it is used."""
 
 from __future__ import annotations
 

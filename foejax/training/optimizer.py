@@ -94,8 +94,8 @@ def update_selection_bias(
 ) -> jax.Array:
     """Loss-free load balancing: raise the selection bias of experts below the mean load, lower it above.
 
-    `bias += rate * sign(mean load - load)` (Wang et al., arXiv 2408.15664; used by DeepSeek-V3, arXiv 2412.19437). Every
-    group chooses among its own block of E / H experts, so the mean is taken within each block.
+    `bias += rate * sign(mean load - load)` (Wang et al., arXiv 2408.15664, used by DeepSeek-V3).
+    Every group chooses among its own block of E / H experts, so the mean is taken within each block.
 
     Args:
       bias_LE: selection bias, [L, E].

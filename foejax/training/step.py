@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -46,32 +47,49 @@ class TrainState:
     key_data: jax.Array
 
 
+def abstract_train_state(
+    params: Any, router_state: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state: moments lie like their parameters, counters are replicated.
+
+    Args:
+      params, router_state: arrays, or `jax.ShapeDtypeStruct`s with shardings.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    opt_state = jax.eval_shape(optimizer.init, params)
+    shardings = optax.tree.map_params(
+        optimizer.init,
+        lambda _, param: param.sharding,
+        opt_state,
+        params,
+        transform_non_params=lambda _: replicated,
+    )
+    key_data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    shapes = TrainState(params, router_state, opt_state, jax.ShapeDtypeStruct((), jnp.int32), key_data)
+    placed = TrainState(
+        jax.tree.map(lambda leaf: leaf.sharding, params),
+        jax.tree.map(lambda leaf: leaf.sharding, router_state),
+        shardings,
+        replicated,
+        replicated,
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, placed
+    )
+
+
 def create_train_state(
     params: Any, router_state: Any, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh
 ) -> TrainState:
-    """The state before the first step; moments are sharded like their parameters, counters are replicated."""
+    """The state before the first step, laid out as `abstract_train_state` says."""
 
-    def start(params: Any, router_state: Any, key: jax.Array) -> TrainState:
-        key_data = jax.random.key_data(key)
+    def start(params: Any, router_state: Any, key_data: jax.Array) -> TrainState:
         return TrainState(params, router_state, optimizer.init(params), jnp.zeros((), jnp.int32), key_data)
 
-    replicated = NamedSharding(mesh, PartitionSpec())
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    abstract = jax.eval_shape(start, params, router_state, key)
-    out_shardings = TrainState(
-        params=shardings,
-        router_state=jax.tree.map(lambda leaf: leaf.sharding, router_state),
-        opt_state=optax.tree.map_params(
-            optimizer.init,
-            lambda _, sharding: sharding,
-            abstract.opt_state,
-            shardings,
-            transform_non_params=lambda _: replicated,
-        ),
-        step=replicated,
-        key_data=replicated,
-    )
-    return jax.jit(start, out_shardings=out_shardings)(params, router_state, jax.device_put(key, replicated))
+    abstract = abstract_train_state(params, router_state, optimizer, mesh)
+    out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    key_data = np.asarray(jax.random.key_data(key))
+    return jax.jit(start, out_shardings=out_shardings)(params, router_state, key_data)
 
 
 def make_train_step(
