@@ -1,0 +1,56 @@
+"""The experts of the local groups: SwiGLU feed-forwards run as grouped matmuls over rows sorted by expert.
+
+Shape letters: S groups on this device, N tokens, D width, E experts of a group, F expert hidden size, k choices per
+token and group, R rows.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from foejax.config import ModelConfig
+from foejax.models.layers import make_param
+from foejax.models.rows import collect_rows, plan_rows, spread_rows
+from foejax.models.router import Routing
+from pallas_kernels import grouped_matmul
+
+EXPERT_HIDDEN = "expert_hidden"
+"""Checkpoint name of the experts' gate and up activations."""
+
+
+class Experts(nnx.Module):
+    """SwiGLU experts (Shazeer, 2020) of every group; all local groups are one grouped matmul."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        groups, width, hidden = config.num_groups, config.hidden_size, config.expert_hidden_size
+        experts = config.num_experts // groups
+        init, dtype = nnx.initializers.normal(config.init_std), config.dtype
+        into, out = ("group", "experts", "embed", None), ("group", "experts", None, "embed")
+        self.gate_SEDF = make_param(rngs, init, into, (groups, experts, width, hidden), dtype)
+        self.up_SEDF = make_param(rngs, init, into, (groups, experts, width, hidden), dtype)
+        self.down_SEFD = make_param(rngs, init, out, (groups, experts, hidden, width), dtype)
+
+    def __call__(self, h_ND: jax.Array, routing: Routing, max_rows: int | None = None) -> jax.Array:
+        """Weighted sum [S, N, D] of each token's chosen experts, per group; zero where nothing was chosen.
+
+        `max_rows` bounds the number of valid choices where the caller knows a bound below S * N * k.
+        """
+        num_experts = self.gate_SEDF[...].shape[1]
+        plan = plan_rows(routing.indices_SNk, routing.valid_SNk, num_experts, max_rows)
+        row_AN = plan.row_SNk.transpose(0, 2, 1).reshape(-1, h_ND.shape[0])
+        x_RD = spread_rows(h_ND, plan.token_R, row_AN)
+        gate_RF = self._matmul(x_RD, self.gate_SEDF, plan.group_sizes)
+        up_RF = self._matmul(x_RD, self.up_SEDF, plan.group_sizes)
+        gate_RF, up_RF = checkpoint_name((gate_RF, up_RF), EXPERT_HIDDEN)
+        y_RD = self._matmul(jax.nn.silu(gate_RF) * up_RF, self.down_SEFD, plan.group_sizes)
+        y_SNkD = collect_rows(y_RD, plan.row_SNk, plan.choice_R)
+        weights = routing.weights_SNk.astype(h_ND.dtype)
+        return jnp.sum(weights[..., None] * y_SNkD, axis=2)
+
+    @staticmethod
+    def _matmul(x: jax.Array, w_SE: nnx.Param, group_sizes: jax.Array) -> jax.Array:
+        w = w_SE[...]
+        return grouped_matmul(x, w.reshape(-1, *w.shape[2:]), group_sizes)

@@ -1,0 +1,281 @@
+"""The model as users hold it: parameters on a mesh, with loss and logits as ordinary JAX functions.
+
+Shape letters: B sequences, T tokens, N = B * T, V vocabulary, L layers, H groups, E experts of a group, A all experts,
+k choices per token and group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jax.sharding import PartitionSpec
+
+from foejax.config import ModelConfig
+from foejax.models.cache import PackedSequences
+from foejax.models.losses import summed_cross_entropy
+from foejax.models.params import param_specs
+from foejax.models.router import RouterStats, Routing, load_balance_loss
+from foejax.models.transformer import Remat, Transformer, logits_of
+from sharding import Layout
+
+Batch = Mapping[str, jax.Array | np.ndarray]
+"""Arrays [B, T]: tokens, targets, positions, segment_ids (int32; segment 0 is padding) and loss_weights (float32)."""
+
+
+@struct.dataclass
+class RoutingTrace:
+    """Which experts every token used, over the whole model.
+
+    Attributes:
+      experts: int32 [L, H, N, k], expert inside the group; tokens in batch order.
+      weights: [L, H, N, k], router weight of each choice; 0 where not valid.
+    """
+
+    experts: jax.Array
+    weights: jax.Array
+
+
+class LanguageModel(nnx.Module):
+    """A Federation-of-Experts (or, with one group, mixture-of-experts) language model on a device mesh."""
+
+    def __init__(self, transformer: Transformer, config: ModelConfig, layout: Layout) -> None:
+        self.transformer = transformer
+        self.config = config
+        self.layout = layout
+
+    @classmethod
+    def create(cls, config: ModelConfig, layout: Layout, key: jax.Array) -> Self:
+        """Initialise on the mesh; no device ever holds more than its shards.
+
+        Raises:
+          ValueError: the layout does not fit the model.
+        """
+        _check_layout(config, layout)
+        abstract = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+        graphdef, abstract_state = nnx.split(abstract)
+        specs = param_specs(abstract_state, layout)
+
+        def init(key: jax.Array) -> list[jax.Array]:
+            return jax.tree.leaves(nnx.state(Transformer(config, nnx.Rngs(key))))
+
+        leaves = jax.jit(init, out_shardings=[layout.sharding(spec) for spec in specs])(key)
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        return cls(nnx.merge(graphdef, state), config, layout)
+
+    @classmethod
+    def abstract(cls, config: ModelConfig, layout: Layout) -> Self:
+        """The model with shapes and shardings in place of arrays: for lowering, counting and restoring."""
+        _check_layout(config, layout)
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+        leaves = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(spec))
+            for leaf, spec in zip(jax.tree.leaves(state), param_specs(state, layout), strict=True)
+        ]
+        transformer = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
+        return cls(transformer, config, layout)
+
+    def with_layout(self, layout: Layout) -> Self:
+        """The same parameters placed for another layout."""
+        _check_layout(self.config, layout)
+        graphdef, state = nnx.split(self.transformer)
+        shardings = [layout.sharding(spec) for spec in param_specs(state, layout)]
+        leaves = jax.device_put(jax.tree.leaves(state), shardings)
+        transformer = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
+        return type(self)(transformer, self.config, layout)
+
+    def loss(
+        self,
+        batch: Batch,
+        *,
+        load_balance_coef: float = 0.0,
+        z_loss_coef: float = 0.0,
+        remat: Remat = "none",
+        total_weight: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Training loss of a batch: mean cross-entropy in nats plus the weighted auxiliary losses.
+
+        Args:
+          batch: arrays [B, T]; B must be a multiple of the layout's token shards.
+          load_balance_coef, z_loss_coef: weights of the router losses; with both at 0 no collective is made for them.
+          remat: what the backward pass recomputes.
+          total_weight: what the summed cross-entropy is divided by; None takes the batch's own loss weights.
+            Gradient accumulation passes the weight of all micro-batches.
+
+        Returns:
+          The scalar loss and metrics: cross_entropy (sum over the batch divided by total_weight),
+          load_balance_loss, z_loss, tokens_per_expert [L, A] and num_tokens (active tokens).
+        """
+        spec, everywhere = self.layout.batch_spec(None), PartitionSpec()
+        aux = load_balance_coef > 0 or z_loss_coef > 0
+        metric_specs = {
+            name: everywhere for name in ("cross_entropy", "load_balance_loss", "z_loss", "num_tokens", "total_weight")
+        }
+        metric_specs["tokens_per_expert"] = self.layout.group_spec(1)
+        fields = _fit_rows({name: jnp.asarray(batch[name]) for name in BATCH_FIELDS}, self.layout)
+
+        def program(transformer: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            return _loss_terms_local(transformer, batch, self.layout, remat=remat, aux=aux)
+
+        terms = self._run(program, {name: spec for name in fields}, metric_specs)(fields)
+        denominator = terms.pop("total_weight") if total_weight is None else total_weight
+        terms["cross_entropy"] = terms["cross_entropy"] / denominator
+        loss = (
+            terms["cross_entropy"]
+            + load_balance_coef * terms["load_balance_loss"]
+            + z_loss_coef * terms["z_loss"]
+        )
+        terms.pop("total_weight", None)
+        return loss, terms
+
+    def logits(self, batch: Batch, *, record_routing: bool = False) -> Any:
+        """Logits of every token of packed sequences, [B * T, V] in high precision, split over tokens on the mesh.
+
+        Args:
+          batch: tokens, positions and segment_ids, [B, T].
+          record_routing: also return the RoutingTrace.
+        """
+        layout = self.layout
+        fields = {name: jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")}
+        num_tokens = fields["tokens"].size
+        fields = _fit_rows(fields, layout)
+        trace_spec = PartitionSpec(*layout.group_spec(1), layout.token_axes, None)
+        out_specs: Any = PartitionSpec((*layout.token_axes, *layout.slice_axes), None)
+        if record_routing:
+            out_specs = (out_specs, RoutingTrace(trace_spec, trace_spec))
+
+        def program(transformer: Transformer, batch: dict[str, jax.Array]) -> Any:
+            output = _stack_local(transformer, batch, layout, record_routing=record_routing)
+            hidden = transformer.hidden_slice_local(output.streams, layout)
+            logits = logits_of(hidden, transformer.head_local(layout, whole_vocab=True))
+            if output.routing is None:
+                return logits
+            return logits, _trace(output.routing)
+
+        outputs = self._run(program, {name: layout.batch_spec(None) for name in fields}, out_specs)(fields)
+        if not record_routing:
+            return outputs[:num_tokens]
+        logits, trace = outputs
+        return logits[:num_tokens], jax.tree.map(lambda x: x[:, :, :num_tokens], trace)
+
+    def num_params(self) -> int:
+        """Number of trained parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.transformer, nnx.Param)))
+
+    def _run(self, program: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`program(transformer, *args)` as the program of one device, parameters split as the layout says."""
+        return run_on_mesh(self.transformer, self.layout, program, in_specs, out_specs)
+
+
+BATCH_FIELDS = ("tokens", "targets", "positions", "segment_ids", "loss_weights")
+
+
+def run_on_mesh(
+    transformer: Transformer, layout: Layout, program: Callable[..., Any], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """A function of one argument that runs `program(local transformer, argument)` under the layout's shard_map."""
+    graphdef, state = nnx.split(transformer)
+    leaves, treedef = jax.tree.flatten(state)
+
+    def local(leaves: list[jax.Array], argument: Any) -> Any:
+        return program(nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)), argument)
+
+    mapped = layout.shard_map(local, in_specs=(param_specs(state, layout), in_specs), out_specs=out_specs)
+    return lambda argument: mapped(leaves, argument)
+
+
+def _fit_rows(batch: dict[str, jax.Array], layout: Layout) -> dict[str, jax.Array]:
+    """Append padding rows (segment 0, weight 0) until rows and tokens split evenly over the mesh."""
+    rows, length = batch["tokens"].shape
+    step = layout.num_token_shards * (layout.num_token_slices // math.gcd(layout.num_token_slices, length))
+    pad = -rows % step
+    return {name: jnp.pad(value, ((0, pad), (0, 0))) for name, value in batch.items()} if pad else batch
+
+
+def _stack_local(
+    transformer: Transformer,
+    batch: dict[str, jax.Array],
+    layout: Layout,
+    *,
+    remat: Remat = "none",
+    record_routing: bool = False,
+) -> Any:
+    batch = {name: layout.vary_local(value) for name, value in batch.items()}
+    cache = PackedSequences(batch["positions"], batch["segment_ids"])
+    return transformer.run_stack_local(
+        batch["tokens"].reshape(-1),
+        batch["positions"].reshape(-1),
+        cache,
+        layout,
+        active_tokens=batch["segment_ids"].reshape(-1) != 0,
+        remat=remat,
+        record_routing=record_routing,
+    )
+
+
+def _loss_terms_local(
+    transformer: Transformer, batch: dict[str, jax.Array], layout: Layout, *, remat: Remat, aux: bool
+) -> dict[str, jax.Array]:
+    """Sums over the whole batch from which the loss is made, the same on every device."""
+    config = transformer.config
+    output = _stack_local(transformer, batch, layout, remat=remat)
+    hidden = transformer.hidden_slice_local(output.streams, layout)
+    head = transformer.head_local(layout, whole_vocab=True)
+    targets, weights = (
+        layout.token_slice_local(layout.vary_local(batch[name].reshape(-1))) for name in ("targets", "loss_weights")
+    )
+    nats = summed_cross_entropy(hidden, head, targets, weights)
+    num_tokens = jnp.sum(batch["segment_ids"] != 0).astype(nats.dtype)
+    terms = {
+        "cross_entropy": layout.sum_over_all_local(nats),
+        "total_weight": layout.sum_over_all_local(jnp.sum(weights)).astype(nats.dtype),
+        "num_tokens": layout.sum_over_tokens_local(num_tokens),
+    }
+    return terms | _router_terms_local(output.stats, terms["num_tokens"], config, layout, aux=aux)
+
+
+def _router_terms_local(
+    stats: RouterStats, num_tokens: jax.Array, config: ModelConfig, layout: Layout, *, aux: bool
+) -> dict[str, jax.Array]:
+    """Auxiliary losses, averaged over layers and counted once however many groups there are."""
+    tokens_LSE = layout.sum_over_tokens_local(jax.lax.stop_gradient(stats.tokens_SE))
+    terms = {"tokens_per_expert": tokens_LSE.reshape(config.num_layers, -1)}
+    if not aux:
+        zero = jnp.zeros((), tokens_LSE.dtype)
+        return terms | {"load_balance_loss": zero, "z_loss": zero}
+    probability_LSE = layout.sum_over_tokens_local(stats.probability_SE)
+    balance_L = load_balance_loss(
+        tokens_LSE, probability_LSE, num_tokens=num_tokens, num_experts=config.num_experts, k=config.experts_per_token
+    )
+    z_L = layout.sum_over_tokens_local(stats.z) / num_tokens
+    return terms | {
+        "load_balance_loss": layout.sum_over_groups_local(jnp.mean(balance_L)),
+        "z_loss": layout.mean_over_groups_local(jnp.mean(z_L)),
+    }
+
+
+def _trace(routing: Routing) -> RoutingTrace:
+    return RoutingTrace(routing.indices_SNk, routing.weights_SNk)
+
+
+def _check_layout(config: ModelConfig, layout: Layout) -> None:
+    sizes = layout.sizes
+    for axis, size, field, parts in (
+        ("group", sizes.group, "num_groups", config.num_groups),
+        ("expert", sizes.expert, "num_experts", config.num_experts),
+        ("group", sizes.group, "vocab_size", config.vocab_size),
+    ):
+        if parts % size:
+            raise ValueError(
+                f"{field}={parts} is not divisible by mesh.{axis}={size}: choose {field} as a multiple of {size}"
+            )
+    if layout.shard_params and config.hidden_size % sizes.data:
+        raise ValueError(
+            f"hidden_size={config.hidden_size} is not divisible by mesh.data={sizes.data}, over which parameters are "
+            f"split: choose hidden_size as a multiple of {sizes.data} or fewer data shards"
+        )

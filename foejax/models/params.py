@@ -1,0 +1,43 @@
+"""Parameters as trees: where each one lives on the mesh and how it enters a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from sharding import Layout
+
+
+def param_specs(state: nnx.State, layout: Layout) -> list[PartitionSpec]:
+    """Partition of every leaf of a model's state, in the order of `jax.tree.leaves`.
+
+    Blocks are stacked: their arrays have a leading layer dimension that their logical axes do not name.
+    """
+    specs = []
+    for variable in _variables(state):
+        axes = variable.logical_axes
+        stacked = variable.get_value().ndim - len(axes)
+        specs.append(layout.spec((None,) * stacked + axes))
+    return specs
+
+
+def enter_params_local(state: nnx.State, layout: Layout) -> nnx.State:
+    """One layer's parameters as the layer computes with them: gathered, cast, marked as varying."""
+    return jax.tree.map(
+        lambda variable: variable.replace(
+            layout.enter_param_local(variable[...], layout.spec(variable.logical_axes), variable.use_dtype)
+        ),
+        state,
+        is_leaf=_is_variable,
+    )
+
+
+def _variables(state: nnx.State) -> list[Any]:
+    return jax.tree.leaves(state, is_leaf=_is_variable)
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)

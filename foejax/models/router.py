@@ -1,0 +1,192 @@
+"""Routing: scores, the choice of experts, and what balances their load.
+
+One interface serves every architecture: the stack axis S holds FoE groups (or, for the plain MoE, one group of all
+experts), and `route` chooses inside each of them.
+
+Shape letters: N tokens, D width, H groups of the model, S groups on this device, E experts of a group, A all experts
+(A = H * E), k experts chosen per token in each group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from foejax.config import ModelConfig
+from foejax.models.layers import high_precision, make_param
+from sharding import Layout
+
+SelectFn = Callable[[jax.Array, jax.Array], jax.Array]
+"""(selection scores [S, N, E], active tokens [N] bool) -> selection scores; -inf takes an expert out."""
+
+
+class SelectionBias(nnx.Variable):
+    """Bias of the loss-free load balancing: added to scores for the choice only, not trained by gradients."""
+
+
+@struct.dataclass
+class Routing:
+    """Chosen experts of every token in every local group.
+
+    Attributes:
+      indices_SNk: int32, expert inside the group.
+      weights_SNk: the router's score of each choice, 0 where not valid.
+      valid_SNk: False where fewer than k live experts remain or the token is inactive.
+    """
+
+    indices_SNk: jax.Array
+    weights_SNk: jax.Array
+    valid_SNk: jax.Array
+
+
+@struct.dataclass
+class RouterStats:
+    """Per-device sums over this device's active tokens, from which the auxiliary losses are made.
+
+    Attributes:
+      tokens_SE: how many tokens chose each local expert.
+      probability_SE: sum of each local expert's normalised score.
+      z: sum over tokens of the squared log-normaliser of the logits.
+    """
+
+    tokens_SE: jax.Array
+    probability_SE: jax.Array
+    z: jax.Array
+
+
+def route(
+    logits_SNE: jax.Array,
+    k: int,
+    *,
+    score: str = "softmax",
+    log_normalizer: jax.Array | None = None,
+    logit_bias: jax.Array | None = None,
+    selection_bias: jax.Array | None = None,
+    select_fn: SelectFn | None = None,
+    active_tokens: jax.Array | None = None,
+) -> Routing:
+    """Choose k experts per token in every group; the chosen scores are the weights, not renormalised.
+
+    Args:
+      logits_SNE: router logits, at least float32.
+      k: experts per token and group.
+      score: `softmax` or `sigmoid`.
+      log_normalizer: log of the softmax denominator, broadcastable to [S, N, 1], of the biased logits; None takes it
+        over the group's own experts.
+      logit_bias: [S, 1 or N, E], added to the logits: steers the choice and enters the weights.
+      selection_bias: [S, 1 or N, E], added to the scores for the choice only (loss-free balancing,
+        arXiv 2408.15664).
+      select_fn: sees the selection scores of all tokens of this step and may take experts out with -inf.
+      active_tokens: [N] bool; inactive tokens (padding) choose nothing.
+
+    Ties go to the lower expert index.
+    """
+    if logit_bias is not None:
+        logits_SNE = logits_SNE + logit_bias
+    if score == "sigmoid":
+        scores_SNE = jax.nn.sigmoid(logits_SNE)
+    else:
+        if log_normalizer is None:
+            log_normalizer = jax.nn.logsumexp(logits_SNE, axis=-1, keepdims=True)
+        scores_SNE = jnp.exp(logits_SNE - log_normalizer)
+    if active_tokens is None:
+        active_tokens = jnp.ones(logits_SNE.shape[1], bool)
+    selection_SNE = jax.lax.stop_gradient(scores_SNE)
+    if selection_bias is not None:
+        selection_SNE = selection_SNE + jax.lax.stop_gradient(selection_bias)
+    if select_fn is not None:
+        selection_SNE = select_fn(selection_SNE, active_tokens)
+    chosen_SNk, indices_SNk = jax.lax.top_k(selection_SNE, k)
+    valid_SNk = (chosen_SNk > -jnp.inf) & active_tokens[None, :, None]
+    weights_SNk = jnp.take_along_axis(scores_SNE, indices_SNk, axis=-1)
+    return Routing(indices_SNk, jnp.where(valid_SNk, weights_SNk, 0.0), valid_SNk)
+
+
+class Router(nnx.Module):
+    """Scores of all experts from the merged residual; its small weight is replicated over the groups."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        groups, experts = config.num_groups, config.num_experts
+        self.k = config.experts_per_token // groups
+        self.score, self.scope = config.router_score, config.router_scope
+        init, dtype = nnx.initializers.normal(config.init_std), config.dtype
+        self.w_DHE = make_param(
+            rngs,
+            init,
+            ("embed", None, None),
+            (config.hidden_size, groups, experts // groups),
+            dtype,
+            high_precision_use=True,
+        )
+        self.selection_bias_SE = SelectionBias(
+            jnp.zeros((groups, experts // groups), high_precision(dtype)),
+            logical_axes=("group", None),
+            use_dtype=high_precision(dtype),
+        )
+
+    def __call__(
+        self,
+        h_ND: jax.Array,
+        layout: Layout,
+        *,
+        active_tokens: jax.Array,
+        select_fn: SelectFn | None = None,
+    ) -> tuple[Routing, RouterStats]:
+        """Route every token in this device's groups.
+
+        Returns the choices and the sums from which the auxiliary losses are made.
+        """
+        w_DHE = self.w_DHE[...]
+        logits_HNE = jnp.einsum("nd,dhe->hne", h_ND.astype(w_DHE.dtype), w_DHE, precision="highest")
+        global_scope = self.scope == "global"
+        log_normalizer = jax.nn.logsumexp(logits_HNE, axis=(0, 2) if global_scope else (2,), keepdims=True)
+        own_SNE = layout.group_slice_local(logits_HNE, dim=0)
+        own_normalizer = log_normalizer if global_scope else layout.group_slice_local(log_normalizer, dim=0)
+        routing = route(
+            own_SNE,
+            self.k,
+            score=self.score,
+            log_normalizer=own_normalizer,
+            selection_bias=self.selection_bias_SE[...][:, None, :],
+            select_fn=select_fn,
+            active_tokens=active_tokens,
+        )
+        if self.score == "sigmoid":
+            total = jax.nn.sigmoid(logits_HNE).sum(axis=(0, 2))[None, :, None]
+            probability_SNE = jax.nn.sigmoid(own_SNE) / total
+        else:
+            share = 1.0 if global_scope else 1.0 / logits_HNE.shape[0]
+            probability_SNE = jnp.exp(own_SNE - own_normalizer) * share
+        active = active_tokens.astype(own_SNE.dtype)
+        return routing, RouterStats(
+            tokens_SE=_tokens_per_expert(routing, own_SNE.shape[-1], own_SNE.dtype),
+            probability_SE=jnp.einsum("sne,n->se", probability_SNE, active, precision="highest"),
+            z=jnp.sum(jnp.mean(jnp.square(log_normalizer[..., 0]), axis=0) * active),
+        )
+
+
+def _tokens_per_expert(routing: Routing, num_experts: int, dtype: jnp.dtype) -> jax.Array:
+    chosen_SNkE = jax.nn.one_hot(routing.indices_SNk, num_experts, dtype=dtype)
+    return jnp.where(routing.valid_SNk[..., None], chosen_SNkE, 0.0).sum(axis=(1, 2))
+
+
+def load_balance_loss(
+    tokens_SE: jax.Array, probability_SE: jax.Array, *, num_tokens: jax.Array, num_experts: int, k: int
+) -> jax.Array:
+    """Switch-style balance loss: num_experts * sum_e f_e p_e, 1 under uniform load (arXiv 2101.03961, eq. 4).
+
+    f_e is the share of all choices that fell on expert e and p_e its mean normalised score; over all experts both sum
+    to 1. Given some of the groups it is their part of the sum, so that devices add up to the loss counted once.
+
+    Args:
+      tokens_SE: [..., S, E] choices of each expert over the whole batch; no gradient flows through them.
+      probability_SE: [..., S, E] sum over the batch of each expert's normalised score.
+      num_tokens: active tokens in the batch.
+      num_experts: experts over all groups.
+      k: experts per token over all groups.
+    """
+    fraction = jax.lax.stop_gradient(tokens_SE) / (num_tokens * k)
+    return num_experts * jnp.sum(fraction * probability_SE / num_tokens, axis=(-2, -1))

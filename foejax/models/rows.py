@@ -1,0 +1,101 @@
+"""Moving tokens to rows sorted by expert and back, by gathers alone in both directions.
+
+XLA's scatter is slow and, on GPU, not deterministic; since both the sorted order and its inverse are known, every
+gather's transpose is written as the gather through the inverse.
+
+Shape letters: N tokens, R rows, D width, S groups on this device, E experts of a group, k choices per token and group.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class RowPlan:
+    """Which token each expert row holds, and where each choice's row is. An index out of range means: none.
+
+    Attributes:
+      token_R: int32, token of each row; N for rows beyond the last live one.
+      choice_R: int32, flat index into (S, N, k) of each row's choice; S * N * k for dead rows.
+      row_SNk: int32, row of each choice; R where it has none.
+      group_sizes: int32 [S * E], rows of each expert, in order.
+    """
+
+    token_R: jax.Array
+    choice_R: jax.Array
+    row_SNk: jax.Array
+    group_sizes: jax.Array
+
+
+def plan_rows(indices_SNk: jax.Array, valid_SNk: jax.Array, num_experts: int, max_rows: int | None = None) -> RowPlan:
+    """Sort the valid choices by (group, expert), stably.
+
+    Args:
+      indices_SNk: expert inside the group of each choice.
+      valid_SNk: which choices count.
+      num_experts: experts per group.
+      max_rows: rows to keep; must be at least the number of valid choices. None keeps one per choice.
+    """
+    groups, tokens, k = indices_SNk.shape
+    choices = groups * tokens * k
+    rows = choices if max_rows is None else min(max_rows, choices)
+    stack = num_experts * jnp.arange(groups, dtype=jnp.int32)[:, None, None]
+    expert = jnp.where(valid_SNk, indices_SNk + stack, groups * num_experts).reshape(-1)
+    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    row = jnp.zeros(choices, jnp.int32).at[order].set(jnp.arange(choices, dtype=jnp.int32), unique_indices=True)
+    bounds = jnp.searchsorted(expert[order], jnp.arange(groups * num_experts + 1, dtype=expert.dtype))
+    live = jnp.arange(rows) < bounds[-1]
+    kept = order[:rows]
+    return RowPlan(
+        token_R=jnp.where(live, (kept // k) % tokens, tokens),
+        choice_R=jnp.where(live, kept, choices),
+        row_SNk=jnp.where(valid_SNk, row.reshape(indices_SNk.shape), rows),
+        group_sizes=jnp.diff(bounds).astype(jnp.int32),
+    )
+
+
+@jax.custom_vjp
+def spread_rows(x_ND: jax.Array, token_R: jax.Array, row_AN: jax.Array) -> jax.Array:
+    """rows[r] = x[token_R[r]], zero where the token is out of range.
+
+    `row_AN` [A, N] lists the rows of every token (out of range: none); the gradient sums over them.
+    """
+    return _take(x_ND, token_R)
+
+
+def _spread_fwd(x_ND: jax.Array, token_R: jax.Array, row_AN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _take(x_ND, token_R), row_AN
+
+
+def _spread_bwd(row_AN: jax.Array, grad_RD: jax.Array) -> tuple[jax.Array, None, None]:
+    return _take(grad_RD, row_AN).sum(axis=0), None, None
+
+
+spread_rows.defvjp(_spread_fwd, _spread_bwd)
+
+
+@jax.custom_vjp
+def collect_rows(rows_RD: jax.Array, row_X: jax.Array, choice_R: jax.Array) -> jax.Array:
+    """out[x] = rows[row_X[x]] for an index array of any shape X, zero where the row is out of range.
+
+    `choice_R` is the flat index into X that each row answers (out of range: none); the gradient is gathered by it.
+    """
+    return _take(rows_RD, row_X)
+
+
+def _collect_fwd(rows_RD: jax.Array, row_X: jax.Array, choice_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _take(rows_RD, row_X), choice_R
+
+
+def _collect_bwd(choice_R: jax.Array, grad_XD: jax.Array) -> tuple[jax.Array, None, None]:
+    return _take(grad_XD.reshape(-1, grad_XD.shape[-1]), choice_R), None, None
+
+
+collect_rows.defvjp(_collect_fwd, _collect_bwd)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take(x, index, axis=0, mode="fill", fill_value=0)

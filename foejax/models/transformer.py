@@ -1,0 +1,169 @@
+"""The stack of blocks between embedding and head, as the program of one device.
+
+Shape letters: L layers, S groups on this device, N tokens on this device, M rows asked for, D width, V vocabulary,
+E experts of a group, k choices per token and group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from foejax.config import ModelConfig
+from foejax.models.block import MERGED_RESIDUAL, Block, Streams, layer_merge_scale, merge_scales
+from foejax.models.cache import AttentionCache
+from foejax.models.expert_parallel import EXCHANGED
+from foejax.models.experts import EXPERT_HIDDEN
+from foejax.models.layers import high_precision, make_norm, make_param, rms_norm, rotary_angles
+from foejax.models.params import enter_params_local
+from foejax.models.router import RouterStats, Routing, SelectFn
+from sharding import Layout
+
+Remat = Literal["none", "dots", "full"]
+LayerFn = Callable[[Any, Any], tuple[Any, Any]]
+
+
+@struct.dataclass
+class StackOutput:
+    """What the layers leave behind.
+
+    Attributes:
+      streams: state after the last layer, not yet merged.
+      cache: the cache with every layer written.
+      stats: router sums, leading dimension L.
+      routing: choices of every layer (leading dimension L), or None when not asked for.
+    """
+
+    streams: Streams
+    cache: AttentionCache
+    stats: RouterStats
+    routing: Routing | None
+
+
+class Transformer(nnx.Module):
+    """Embedding, blocks stacked along a leading layer dimension, final norm and untied head."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
+        init, vocab, width = nnx.initializers.normal(config.init_std), config.vocab_size, config.hidden_size
+        self.embedding_VD = make_param(
+            rngs, init, (None, "embed"), (vocab, width), config.dtype, high_precision_use=True
+        )
+        self.layers = _stacked_blocks(config, rngs)
+        self.final_norm_D = make_norm(rngs, (None,), (width,), config.dtype)
+        self.head_DV = make_param(rngs, init, ("embed", "vocab"), (width, vocab), config.dtype)
+
+    def run_stack_local(
+        self,
+        tokens_N: jax.Array,
+        positions_N: jax.Array,
+        cache: AttentionCache,
+        layout: Layout,
+        *,
+        active_tokens: jax.Array,
+        remat: Remat = "none",
+        record_routing: bool = False,
+        select_fn: SelectFn | None = None,
+    ) -> StackOutput:
+        """Embed flat tokens and run every layer; parameters are this device's shards.
+
+        Args:
+          tokens_N, positions_N: int32; the cache knows how they fall into sequences.
+          active_tokens: [N] bool, False for padding.
+          remat: what the backward pass recomputes; merged residuals and exchanged tokens are always saved.
+          record_routing: return every layer's choices.
+        """
+        config = self.config
+        embedding_VD = self._param("embedding_VD", layout)
+        embedded_ND = jnp.take(embedding_VD, tokens_N, axis=0) * config.embedding_scale
+        residual_ND = embedded_ND.astype(config.dtype)
+        graphdef, layer_params = nnx.split(self.layers)
+        groups = self.layers.experts.gate_SEDF[...].shape[1]
+        streams = Streams(residual_ND, jnp.zeros_like(residual_ND, shape=(groups, *residual_ND.shape)))
+        streams = jax.tree.map(layout.vary_local, streams)
+        angles_NK = rotary_angles(positions_N, config.head_dim, config.rope_base, config.rope_scaling_factor)
+
+        def run_layer(
+            carry: tuple[Streams, AttentionCache], inputs: tuple[jax.Array, nnx.State]
+        ) -> tuple[tuple[Streams, AttentionCache], tuple[RouterStats, Routing | None]]:
+            (streams, cache), (layer, params) = carry, inputs
+            block = nnx.merge(graphdef, enter_params_local(params, layout))
+            streams, cache, stats, routing = block(
+                streams,
+                layer,
+                angles_NK,
+                cache,
+                layout,
+                merge_scale=layer_merge_scale(config, layer),
+                active_tokens=active_tokens,
+                select_fn=select_fn,
+            )
+            return (streams, cache), (stats, routing if record_routing else None)
+
+        run_layer = _with_remat(run_layer, remat, layout)
+        layers = jnp.arange(config.num_layers, dtype=jnp.int32)
+        (streams, cache), (stats, routing) = jax.lax.scan(run_layer, (streams, cache), (layers, layer_params))
+        return StackOutput(streams, cache, stats, routing)
+
+    def hidden_slice_local(self, streams: Streams, layout: Layout) -> jax.Array:
+        """Merge the streams a last time; each device of a group axis gets its slice of the tokens [M, D], normed."""
+        merged = layout.merge_token_slice_local(streams.expert_out_SND)
+        return self._final_hidden(layout.token_slice_local(streams.residual_ND), merged, layout)
+
+    def hidden_rows_local(self, streams: Streams, rows_M: jax.Array, layout: Layout) -> jax.Array:
+        """Merge the streams a last time at the rows asked for: [M, D] on every device, normed."""
+        merged = layout.merge_local(streams.expert_out_SND[:, rows_M])
+        return self._final_hidden(streams.residual_ND[rows_M], merged, layout)
+
+    def head_local(self, layout: Layout, *, whole_vocab: bool) -> jax.Array:
+        """Head weight [D, V], or this device's part of the vocabulary."""
+        head_DV = self._param("head_DV", layout)
+        return layout.gather_vocab_local(head_DV, dim=1) if whole_vocab else head_DV
+
+    def _final_hidden(self, residual: jax.Array, merged: jax.Array, layout: Layout) -> jax.Array:
+        scale = jnp.asarray(merge_scales(self.config)[1], residual.dtype)
+        weight = self._param("final_norm_D", layout)
+        return rms_norm(residual + scale * merged, weight[None], self.config.norm_eps)
+
+    def _param(self, name: str, layout: Layout) -> jax.Array:
+        variable = getattr(self, name)
+        return layout.enter_param_local(variable[...], layout.spec(variable.logical_axes), variable.use_dtype)
+
+
+def logits_of(hidden_MD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """Logits in high precision."""
+    return jnp.matmul(hidden_MD, head_DV, preferred_element_type=high_precision(hidden_MD.dtype))
+
+
+def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    """Independently initialised blocks as one Block whose parameters have a leading layer dimension."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
+    keys = jax.random.split(rngs.params(), config.num_layers)
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(Block(config, nnx.Rngs(key))))(keys))
+
+
+def _with_remat(run_layer: LayerFn, remat: Remat, layout: Layout) -> LayerFn:
+    """Wrap the body of the layer scan in the chosen checkpoint policy."""
+    policies = jax.checkpoint_policies
+    collective_results = (MERGED_RESIDUAL, EXCHANGED)
+    if remat == "none":
+        return jax.checkpoint(run_layer, policy=_keep_activations) if layout.gathers_params else run_layer
+    if remat == "dots":
+        policy = policies.save_from_both_policies(
+            policies.dots_saveable, policies.save_only_these_names(*collective_results, EXPERT_HIDDEN)
+        )
+    else:
+        policy = policies.save_only_these_names(*collective_results)
+    return jax.checkpoint(run_layer, policy=policy)
+
+
+def _keep_activations(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keep everything but gathered parameters and views of them: the backward pass gathers again, as ZeRO-3 does."""
+    return primitive.name not in _PARAMETER_PRIMITIVES
+
+
+_PARAMETER_PRIMITIVES = frozenset({"all_gather", "reshape", "transpose", "convert_element_type", "squeeze"})

@@ -1,0 +1,105 @@
+"""Device meshes: three axes, always in the same order, and how many devices each one gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+DATA, GROUP, EXPERT = "data", "group", "expert"
+AXES = (DATA, GROUP, EXPERT)
+"""Outermost first: `data` may cross hosts, `group` may, `expert` should not."""
+
+LayoutKind = Literal["foe", "fsdp", "ep"]
+
+
+class MeshSizes(NamedTuple):
+    """Devices along each mesh axis."""
+
+    data: int
+    group: int
+    expert: int
+
+
+def make_mesh(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over the first `prod(sizes)` devices, `data` outermost and `expert` innermost.
+
+    Raises:
+      ValueError: there are fewer devices than the mesh needs.
+    """
+    available = list(jax.devices() if devices is None else devices)
+    needed = int(np.prod(sizes))
+    if needed > len(available):
+        raise ValueError(
+            f"mesh data={sizes.data} x group={sizes.group} x expert={sizes.expert} needs {needed} devices and there "
+            f"are {len(available)}: choose smaller axes, or simulate devices with --devices {needed}"
+        )
+    grid = np.array(available[:needed]).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def plan_mesh(
+    kind: LayoutKind,
+    num_devices: int,
+    *,
+    num_groups: int = 1,
+    num_experts: int = 1,
+    data: int = 0,
+    group: int = 0,
+    expert: int = 0,
+) -> MeshSizes:
+    """Axis sizes for a layout; sizes given as 0 are derived from the device count.
+
+    foe gives `group` as many devices as divide both the groups and the devices and the surplus to `data`; fsdp gives
+    all to `data`; ep gives all it can to `expert` and the surplus to `data`.
+
+    Raises:
+      ValueError: sizes that do not multiply to the device count or do not divide the model.
+    """
+    if kind == "foe":
+        expert = _fixed_at_one("expert", expert, kind)
+        group = group or _derive("group", num_devices, data, num_groups, "num_groups")
+        data = data or num_devices // group
+        _check_divides("group", group, "num_groups", num_groups)
+    elif kind == "ep":
+        group = _fixed_at_one("group", group, kind)
+        expert = expert or _derive("expert", num_devices, data, num_experts, "num_experts")
+        data = data or num_devices // expert
+        _check_divides("expert", expert, "num_experts", num_experts)
+    else:
+        group, expert = _fixed_at_one("group", group, kind), _fixed_at_one("expert", expert, kind)
+        data = data or num_devices
+    sizes = MeshSizes(data, group, expert)
+    if int(np.prod(sizes)) != num_devices:
+        raise ValueError(
+            f"mesh data={data} x group={group} x expert={expert} is {int(np.prod(sizes))} devices and {num_devices} "
+            "are to be used: choose mesh sizes whose product is the device count (mesh.devices)"
+        )
+    return sizes
+
+
+def _derive(axis: str, num_devices: int, data: int, parts: int, field: str) -> int:
+    """Size of a model axis: all devices left by `data`, or the parts of the model if those are fewer."""
+    left = num_devices // data if data else num_devices
+    if left % parts == 0:
+        return parts if data == 0 else left
+    if parts % left == 0:
+        return left
+    raise ValueError(
+        f"{field}={parts} neither divides the {left} devices nor is divided by them: "
+        f"set mesh.{axis} and mesh.data, or use another mesh.devices"
+    )
+
+
+def _fixed_at_one(axis: str, size: int, kind: str) -> int:
+    if size > 1:
+        raise ValueError(f"mesh.{axis}={size} does not fit mesh.layout={kind}: leave mesh.{axis} at 0 or 1")
+    return 1
+
+
+def _check_divides(axis: str, size: int, field: str, parts: int) -> None:
+    if parts % size:
+        raise ValueError(f"mesh.{axis}={size} does not divide {field}={parts}: choose a divisor of {parts}")
