@@ -174,11 +174,15 @@ def is_token_sized(collective: Collective, num_tokens: int, width: int) -> bool:
     """Whether a collective moves at least one activation of `num_tokens` x `width`.
 
     The larger of operand and result counts, so that a reduce-scatter of the activation and the all-gather that is its
-    transpose are both token-sized. Scalars, counts, router statistics and norm gradients are not. An all-gather of
-    parameters can be as large: tell it apart by its axes.
+    transpose are both token-sized; of several operands combined into one reduction, the largest. Scalars, counts,
+    router statistics and norm gradients are not token-sized. Gathered parameters and their gradients can be as large:
+    tell them apart by op, axes and `op_name`.
     """
+    sizes = [int(np.prod(shape)) for shape in collective.shapes]
+    if collective.op == "all-to-all":
+        return sum(sizes) >= num_tokens * width  # its tuple form holds one array cut into a part for each device
     grown = collective.group_size if collective.op == "all-gather" else 1
-    return collective.elements * grown >= num_tokens * width
+    return max(sizes, default=0) * grown >= num_tokens * width
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -7,6 +7,7 @@ and data movement alike. What the program asked for stands in the StableHLO text
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -84,9 +85,9 @@ class DtypeMatcher:
         Args:
           promoted: whether XLA says that it widened this collective; None when it says nothing.
         """
-        for kind in _written_forms(op):
+        for kind, fits in itertools.product(_written_forms(op), (_is_widened, _has_same_width)):
             candidates = [
-                entry for entry in self._by_size.get((kind, elements), ()) if _can_become(entry.dtype, compiled_dtype)
+                entry for entry in self._by_size.get((kind, elements), ()) if fits(entry.dtype, compiled_dtype)
             ]
             if promoted is not None:
                 told = [entry for entry in candidates if (entry.dtype != compiled_dtype) == promoted]
@@ -109,13 +110,16 @@ def _written_forms(op: str) -> tuple[str, ...]:
     return (op, *rewritten.get(op, ()))
 
 
-def _can_become(written: str, compiled: str) -> bool:
-    """Whether XLA may run a collective of `written` in `compiled`: widened, or the same bits under another name."""
-    if written == compiled or dtype_bits(written) == dtype_bits(compiled):
-        return True
+def _is_widened(written: str, compiled: str) -> bool:
+    """Whether `compiled` is `written` or a wider dtype of the same class."""
     floats = ("bf", "f")
     same_class = written.startswith(floats) == compiled.startswith(floats)
-    return same_class and dtype_bits(written) < dtype_bits(compiled)
+    return written == compiled or (same_class and dtype_bits(written) < dtype_bits(compiled))
+
+
+def _has_same_width(written: str, compiled: str) -> bool:
+    """Whether `compiled` may be the bits of `written` under another name, as some backends move them."""
+    return dtype_bits(written) == dtype_bits(compiled)
 
 
 def _closeness(written: str, compiled: str) -> tuple[int, bool]:

@@ -464,6 +464,22 @@ def test_the_scope_decides_between_dtypes_then_what_xla_says_then_the_order() ->
     assert [nameless.dtype("all-reduce", 8, "f32", "") for _ in range(3)] == ["bf16", "f32", "bf16"]
 
 
+def test_the_same_width_counts_only_where_nothing_fits_better() -> None:
+    weights, indices = (stablehlo.Written("all-to-all", 8, dtype, "all_to_all") for dtype in ("f32", "s32"))
+    matcher = stablehlo.DtypeMatcher([weights, indices])
+    assert [matcher.dtype("all-to-all", 8, dtype, "f/all_to_all") for dtype in ("s32", "f32")] == ["s32", "f32"]
+    moved = stablehlo.DtypeMatcher([stablehlo.Written("all-gather", 8, "bf16", "")])
+    assert moved.dtype("all-gather", 8, "u16", "") == "bf16"
+
+
+def test_combined_parts_do_not_add_up_to_a_token_sized_collective() -> None:
+    ar = auditor.audit_text(GPU_PROGRAM, make_mesh(1, 4, 2))[1]
+    combined = dataclasses.replace(ar, shapes=((8, 8), (8, 8)))
+    assert auditor.is_token_sized(ar, 8, 16) and not auditor.is_token_sized(combined, 8, 16)
+    assert auditor.is_token_sized(dataclasses.replace(combined, op="all-to-all"), 8, 16)
+    assert auditor.is_token_sized(dataclasses.replace(ar, op="all-gather", shapes=((2, 16),)), 8, 16)
+
+
 # --- rows and formulas -----------------------------------------------------------------------------------------------
 
 
