@@ -104,13 +104,14 @@ class _Reporter:
         self._clock = time.monotonic()
 
     def add(self, step: int, metrics: Any, rows: HostBatch) -> None:
-        """Take the (still running) figures of a step and log those of the step before."""
-        previous, self._pending = self._pending, (step, metrics, rows)
-        if previous is not None:
-            self._log(*previous)
+        """Take the figures of a step, log those of the step before, and these too if the device has finished."""
+        self.flush()
+        self._pending = (step, metrics, rows)
+        if metrics["loss"].is_ready():
+            self.flush()
 
     def flush(self) -> None:
-        """Log the last step."""
+        """Wait for the last step and log it."""
         if self._pending is not None:
             previous, self._pending = self._pending, None
             self._log(*previous)
