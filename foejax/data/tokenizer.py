@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from foejax.data.errors import DataError
-from foejax.data.storage import atomic_folder
+from foejax.data.storage import atomic_folder, progress_bar
 
 END_OF_TEXT = "<|endoftext|>"
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|eos|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|return|>")
@@ -80,7 +80,10 @@ class Tokenizer:
         return hashlib.sha256(self._backend.to_str().encode("utf-8")).hexdigest()
 
     def token_byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, int32 [vocab_size]; special tokens count 0."""
+        """UTF-8 bytes that each token stands for, int32 [vocab_size]; special tokens count 0.
+
+        Exact for byte-level BPE. SentencePiece-like tokenizers may add one blank to a document, which counts.
+        """
         lengths = np.zeros(self.vocab_size, np.int32)
         byte_level = '"ByteLevel"' in self._backend.to_str()
         for token, index in self._backend.get_vocab(with_added_tokens=False).items():
@@ -123,7 +126,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, cache: Path | None = None) 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    with progress_bar() as progress:
+        progress.add_task("training the tokenizer", total=None)
+        backend.train_from_iterator(texts, trainer)
     tokenizer = Tokenizer(backend)
     if cache is not None:
         with atomic_folder(cache) as folder:

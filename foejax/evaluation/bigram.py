@@ -66,12 +66,16 @@ class BigramModel:
         return np.frexp(self._context_counts[contexts])[1]
 
     def _components(self, contexts: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """[M, 3] float64: bigram, unigram and uniform probability of each pair."""
+        """[M, 3] float64: bigram, unigram and uniform probability of each pair.
+
+        After a context that was never seen, the unigram stands in for the bigram.
+        """
         pairs = np.asarray(contexts, np.int64) * self._vocab_size + targets
         found = np.minimum(np.searchsorted(self._pairs, pairs), len(self._pairs) - 1)
         counts = np.where(self._pairs[found] == pairs, self._pair_counts[found], 0)
-        bigram = counts / np.maximum(self._context_counts[contexts], 1)
-        return np.stack([bigram, self._unigram[targets], np.full(len(pairs), 1 / self._vocab_size)], axis=1)
+        seen, unigram = self._context_counts[contexts], self._unigram[targets]
+        bigram = np.where(seen > 0, counts / np.maximum(seen, 1), unigram)
+        return np.stack([bigram, unigram, np.full(len(pairs), 1 / self._vocab_size)], axis=1)
 
     def _fit_mixture(self, contexts: np.ndarray, targets: np.ndarray) -> np.ndarray:
         components_M3, classes = self._components(contexts, targets), self._context_class(contexts)
