@@ -84,9 +84,7 @@ def tiny_run(corpus: Path, **training: Any) -> RunConfig:
         vocab_size=320, hidden_size=16, num_layers=2, num_query_heads=2, num_kv_heads=2, head_dim=8, num_experts=4,
         experts_per_token=2, expert_hidden_size=8, num_groups=2, max_seq_len=32, dtype="float32",
     )  # fmt: skip
-    data = dict(
-        corpus=str(corpus), tokenizer_vocab_size=300, sequence_length=32, batch_size=8, validation_fraction=0.2
-    )
+    data = dict(corpus=str(corpus), tokenizer_vocab_size=300, sequence_length=32, batch_size=8, validation_fraction=0.2)
     defaults = dict(
         num_steps=6, schedule="constant", warmup_steps=1, learning_rate=0.03, eval_every=3, eval_batches=2,
         checkpoint_every=2, router_bias_rate=0.01,

@@ -77,9 +77,7 @@ def test_restores_onto_another_mesh(tmp_path: Path):
 def test_a_reader_of_the_model_needs_no_optimizer(tmp_path: Path):
     saved = save_steps(tmp_path, 1)[1]
     blank = make_state(make_mesh(1, 1))
-    params, router_state, step = CheckpointStore(tmp_path).restore_model(
-        blank.params, blank.router_state, CONFIG.model
-    )
+    params, router_state, step = CheckpointStore(tmp_path).restore_model(blank.params, blank.router_state, CONFIG.model)
     assert step == 1 and same((params, router_state), (saved.params, saved.router_state))
 
 

@@ -81,9 +81,7 @@ def test_accumulation_equals_the_whole_batch(corpus: Path):
     moments = [jax.tree.leaves(state.opt_state) for state in (whole, parts)]
     for expected, found in zip(*moments, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-6 * float(jnp.abs(expected).max()))
-    np.testing.assert_array_equal(
-        *(jax.tree.leaves(state.router_state)[0] for state in (whole, parts))
-    )
+    np.testing.assert_array_equal(*(jax.tree.leaves(state.router_state)[0] for state in (whole, parts)))
     assert float(jnp.abs(jax.tree.leaves(whole.router_state)[0]).max()) == pytest.approx(0.01)
 
 
@@ -173,7 +171,7 @@ def test_evaluate_gives_the_logged_figures_and_counts_bytes_exactly(finished):
 def test_a_run_of_another_architecture_is_refused(finished):
     config, result, dataset = finished
     other = override_config(config, {"model.expert_hidden_size": 16})
-    with pytest.raises(ConfigError, match=r"model.expert_hidden_size=8 and this config has model.expert_hidden_size=16"):
+    with pytest.raises(ConfigError, match="expert_hidden_size=8 and this config has model.expert_hidden_size=16"):
         train(other, result.run_dir, progress=False, dataset=dataset)
 
 
@@ -227,5 +225,3 @@ def test_metrics_log_drops_later_lines_and_a_torn_one(tmp_path: Path):
     log.write(2, {"loss": 2.5})
     log.close()
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
-
-

@@ -1,12 +1,12 @@
 """Asynchronous, atomic checkpoints that are verified before they are used.
 
-    DIR/00000010/            one checkpoint, complete by construction: the folder is renamed into place
-      state/                 orbax: params, router_state, training (optimizer, step, random key)
-      data_state.json        position in the data, the same for any number of processes
-      info.json              step, validation loss, run config
-      manifest.json          size and SHA-256 of every file above
-    DIR/00000020.saving/     a save under way, or one that was cut off
-    DIR/00000030.damaged/    a checkpoint that failed its manifest when a run resumed
+DIR/00000010/          one checkpoint, complete by construction: the folder is renamed into place
+  state/               orbax: params, router_state, training (optimizer, step, random key)
+  data_state.json      position in the data, the same for any number of processes
+  info.json            step, validation loss, run config
+  manifest.json        size and SHA-256 of every file above
+DIR/00000020.saving/   a save under way, or one that was cut off
+DIR/00000030.damaged/  a checkpoint that failed its manifest when a run resumed
 """
 
 from __future__ import annotations

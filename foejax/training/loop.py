@@ -184,9 +184,7 @@ def _run_steps(run: Run, *, progress: bool, after_step: Callable[[int], None]) -
 def _evaluate(run: Run, step: int) -> float:
     found = run.evaluate()
     run.log.write(step, {"val_loss": found.loss, "val_bits_per_byte": found.bits_per_byte})
-    logger.info(
-        "step %d: validation loss %.4f nats/token, %.4f bits per byte", step, found.loss, found.bits_per_byte
-    )
+    logger.info("step %d: validation loss %.4f nats/token, %.4f bits per byte", step, found.loss, found.bits_per_byte)
     return found.loss
 
 

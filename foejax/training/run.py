@@ -116,9 +116,7 @@ def open_run(config: RunConfig, run_dir: Path, dataset: Dataset | None) -> Run:
     token_bytes = pad_token_bytes(dataset.token_byte_lengths, config.model.vocab_size)
     evaluator = Evaluator(model_loss(graphdef), layout.sharding(layout.batch_spec()), token_bytes)
     log = MetricsLog(run_dir, start, enabled=is_writer)
-    return Run(
-        config, run_dir, layout, graphdef, state, start, dataset, iterator, store, log, train_step, evaluator
-    )
+    return Run(config, run_dir, layout, graphdef, state, start, dataset, iterator, store, log, train_step, evaluator)
 
 
 def _check_batch(config: RunConfig, layout: Layout) -> tuple[int, int]:
