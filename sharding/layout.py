@@ -196,6 +196,10 @@ class Layout:
         """Index of this device's first expert, of `local_experts` per device."""
         return lax.axis_index(EXPERT) * local_experts
 
+    def agree_local(self, x: jax.Array) -> jax.Array:
+        """A value that all devices of the `group` axis hold alike, marked as such so that it can leave the program."""
+        return lax.pmax(x, GROUP)
+
     def max_over_all_local(self, x: jax.Array) -> jax.Array:
         """Largest value on any device, the same on all."""
         return lax.pmax(x, AXES)

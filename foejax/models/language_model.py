@@ -7,7 +7,7 @@ k choices per token and group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -162,6 +162,23 @@ class LanguageModel(nnx.Module):
             return outputs[:num_tokens]
         logits, trace = outputs
         return logits[:num_tokens], jax.tree.map(lambda x: x[:, :, :num_tokens], trace)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop_tokens: Sequence[int] = (),
+        key: jax.Array | None = None,
+    ) -> list[list[int]]:
+        """New token ids for every prompt; see `foejax.decoding.generate`."""
+        from foejax.decoding import Sampling, generate
+
+        sampling = Sampling(temperature, top_k, top_p)
+        return generate(self, prompts, max_new_tokens, sampling=sampling, stop_tokens=stop_tokens, key=key)
 
     def num_params(self) -> int:
         """Number of trained parameters."""

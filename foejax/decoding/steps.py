@@ -1,0 +1,189 @@
+"""Prefill and single decoding steps, jitted over the mesh with a key/value cache split by group.
+
+Shape letters: B sequences, T prompt tokens, C cache slots, V vocabulary, L layers, H groups, G key/value heads of a
+group, K head size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from foejax.models import LanguageModel
+from foejax.models.cache import DenseCache
+from foejax.models.language_model import run_on_mesh
+from foejax.models.transformer import Transformer, logits_of
+from sharding import Layout
+
+
+def prefill(
+    model: LanguageModel, tokens_BT: jax.Array, lengths_B: jax.Array, *, slots: int
+) -> tuple[DenseCache, jax.Array]:
+    """Run prompts of different lengths, right-padded to T.
+
+    Args:
+      tokens_BT: int32; B must be a multiple of the layout's token shards.
+      lengths_B: int32, tokens of each prompt, at least 1.
+      slots: cache slots per sequence; T at least.
+
+    Returns:
+      The cache and the logits [B, V] of each prompt's last token.
+    """
+    graphdef, state = nnx.split(model.transformer)
+    return _prefill(state, tokens_BT, lengths_B, graphdef=graphdef, layout=model.layout, slots=slots)
+
+
+def decode_step(
+    model: LanguageModel, cache: DenseCache, tokens_B: jax.Array, positions_B: jax.Array
+) -> tuple[DenseCache, jax.Array]:
+    """One token per sequence at its position; returns the cache and the logits [B, V] of the token after it."""
+    graphdef, state = nnx.split(model.transformer)
+    return _decode_step(state, cache, tokens_B, positions_B, graphdef=graphdef, layout=model.layout)
+
+
+def lower_decode_step(model: LanguageModel, batch_size: int, *, slots: int | None = None) -> jax.stages.Lowered:
+    """The decoding step lowered for `batch_size` sequences; the model may be abstract."""
+    graphdef, state = nnx.split(model.transformer)
+    config, layout = model.config, model.layout
+    shape = (
+        config.num_layers,
+        batch_size,
+        slots or config.max_seq_len,
+        config.num_groups,
+        config.num_kv_heads // config.num_groups,
+        config.head_dim,
+    )
+    specs = cache_specs(layout)
+
+    def abstract(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(spec))
+
+    cache = DenseCache(
+        abstract(shape, config.dtype, specs.k_LBCSGK),
+        abstract(shape, config.dtype, specs.v_LBCSGK),
+        abstract((batch_size, 1), jnp.int32, specs.positions_BT),
+    )
+    tokens_B = abstract((batch_size,), jnp.int32, layout.batch_spec())
+    return _decode_step.lower(state, cache, tokens_B, tokens_B, graphdef=graphdef, layout=layout)
+
+
+def cache_specs(layout: Layout) -> DenseCache:
+    """Partitions of a cache: sequences over the token shards, heads over the groups."""
+    kv = PartitionSpec(None, layout.token_axes, *layout.group_spec(1))
+    return DenseCache(kv, kv, layout.batch_spec(None))
+
+
+@partial(jax.jit, static_argnames=("graphdef", "layout", "slots"))
+def _prefill(
+    state: nnx.State,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    graphdef: nnx.GraphDef[Transformer],
+    layout: Layout,
+    slots: int,
+) -> tuple[DenseCache, jax.Array]:
+    def program(
+        transformer: Transformer, inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[DenseCache, jax.Array]:
+        tokens, lengths = (layout.vary_local(x) for x in inputs)
+        config = transformer.config
+        batch, length = tokens.shape
+        cache = DenseCache.empty(
+            num_layers=config.num_layers,
+            batch=batch,
+            slots=slots,
+            groups=transformer.layers.experts.gate_SEDF[...].shape[1],
+            kv_heads=config.num_kv_heads // config.num_groups,
+            head_dim=config.head_dim,
+            dtype=config.dtype,
+        )
+        positions = layout.vary_local(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape))
+        cache = jax.tree.map(layout.vary_local, cache).at(positions)
+        active = positions < lengths[:, None]
+        rows = jnp.arange(batch, dtype=jnp.int32) * length + lengths - 1
+        cache, logits = run_cached_local(transformer, tokens, positions, cache, layout, active=active, rows=rows)
+        return cache_out_local(cache, layout), layout.agree_local(logits)
+
+    return run_on_mesh(
+        nnx.merge(graphdef, state),
+        layout,
+        program,
+        (layout.batch_spec(None), layout.batch_spec()),
+        (cache_specs(layout), layout.batch_spec(None)),
+    )((tokens_BT, lengths_B))
+
+
+@partial(jax.jit, static_argnames=("graphdef", "layout"), donate_argnames=("cache",))
+def _decode_step(
+    state: nnx.State,
+    cache: DenseCache,
+    tokens_B: jax.Array,
+    positions_B: jax.Array,
+    *,
+    graphdef: nnx.GraphDef[Transformer],
+    layout: Layout,
+) -> tuple[DenseCache, jax.Array]:
+    def program(
+        transformer: Transformer, inputs: tuple[DenseCache, jax.Array, jax.Array]
+    ) -> tuple[DenseCache, jax.Array]:
+        cache, tokens, positions = jax.tree.map(layout.vary_local, inputs)
+        cache, logits = step_local(transformer, cache, tokens, positions, layout)
+        return cache_out_local(cache, layout), layout.agree_local(logits)
+
+    return run_on_mesh(
+        nnx.merge(graphdef, state),
+        layout,
+        program,
+        (cache_specs(layout), layout.batch_spec(), layout.batch_spec()),
+        (cache_specs(layout), layout.batch_spec(None)),
+    )((cache, tokens_B, positions_B))
+
+
+def step_local(
+    transformer: Transformer, cache: DenseCache, tokens_B: jax.Array, positions_B: jax.Array, layout: Layout
+) -> tuple[DenseCache, jax.Array]:
+    """One token per local sequence: the cache with it written, and the logits [B, V] after it."""
+    positions = positions_B[:, None]
+    rows = jnp.arange(tokens_B.shape[0], dtype=jnp.int32)
+    return run_cached_local(
+        transformer,
+        tokens_B[:, None],
+        positions,
+        cache.at(positions),
+        layout,
+        active=jnp.ones_like(positions, bool),
+        rows=rows,
+    )
+
+
+def run_cached_local(
+    transformer: Transformer,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    cache: DenseCache,
+    layout: Layout,
+    *,
+    active: jax.Array,
+    rows: jax.Array,
+) -> tuple[DenseCache, jax.Array]:
+    """Run tokens through the stack against a cache; logits over the whole vocabulary at the flat rows asked for.
+
+    Each device of a group axis computes its part of the vocabulary; the parts are joined.
+    """
+    output = transformer.run_stack_local(
+        tokens_BT.reshape(-1), positions_BT.reshape(-1), cache, layout, active_tokens=active.reshape(-1)
+    )
+    hidden = transformer.hidden_rows_local(output.streams, rows, layout)
+    logits = logits_of(hidden, transformer.head_local(layout, whole_vocab=False))
+    return output.cache, layout.gather_vocab_local(logits, dim=1)
+
+
+def cache_out_local(cache: DenseCache, layout: Layout) -> DenseCache:
+    """The cache as it leaves the program of one device: positions are the same on all devices of a group axis."""
+    return cache.at(layout.agree_local(cache.positions_BT))
