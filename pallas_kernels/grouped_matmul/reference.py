@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 def matmul(x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, *, transpose_rhs: bool = False) -> jax.Array:
     """`grouped_matmul` in the plainest form, differentiated by JAX: nothing is shared with the other backends."""
-    sum_dtype = jnp.promote_types(x_RK.dtype, jnp.float32)
+    sum_dtype = jnp.float64 if x_RK.dtype == jnp.float64 else jnp.float32
     rows_R = jnp.arange(x_RK.shape[0], dtype=jnp.int32)
     ends_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
     expert_R = (rows_R[:, None] >= ends_E[None, :]).sum(1, dtype=jnp.int32)

@@ -19,6 +19,9 @@ from pallas_kernels.varying import cast_to_varying, varying_axes
 
 _SMALLEST_TILE, _LARGEST_TILE = 8, 128
 
+# JAX 0.10 on CPU stores a bfloat16 tile by way of a float32 copy of the whole result, in every turn of the loop.
+_STORING_BFLOAT16_IS_EMULATED = jax.__version_info__ < (0, 11)
+
 
 class _Tiles(NamedTuple):
     """The row tiles in order of rows; only the first `num_live` entries are in use."""
@@ -45,11 +48,12 @@ def matmul(x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, *, trans
         first_row, in_use_M1 = _window(tiles, index, num_rows, height)
         x_MK = lax.dynamic_slice_in_dim(x_RK, first_row, height)
         w_KN = lax.dynamic_index_in_dim(w_EKN, tiles.experts[index], keepdims=False)
-        y_MN = lax.dot_general(x_MK, w_KN, contraction, preferred_element_type=_sum_dtype(x_RK)).astype(x_RK.dtype)
+        y_MN = lax.dot_general(x_MK, w_KN, contraction, preferred_element_type=_sum_dtype(x_RK))
+        y_MN = _to_storable(y_MN.astype(x_RK.dtype))
         other_MN = lax.dynamic_slice_in_dim(y_RN, first_row, height)
         return lax.dynamic_update_slice_in_dim(y_RN, jnp.where(in_use_M1, y_MN, other_MN), first_row, 0)
 
-    return lax.fori_loop(0, tiles.num_live, multiply_tile, y_RN)
+    return _from_storable(lax.fori_loop(0, tiles.num_live, multiply_tile, _to_storable(y_RN)), x_RK.dtype)
 
 
 def weight_gradient(x_RK: jax.Array, dy_RN: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
@@ -76,10 +80,12 @@ def weight_gradient(x_RK: jax.Array, dy_RN: jax.Array, group_sizes_E: jax.Array)
         expert = tiles.experts[index]
         same_expert = (index > 0) & (tiles.experts[jnp.maximum(index - 1, 0)] == expert)
         sum_KN = product_KN + jnp.where(same_expert, sum_KN, jnp.zeros_like(sum_KN))
-        # One matrix is summed and stored after every tile: a float32 sum for all experts would double bfloat16's memory.
-        return sum_KN, lax.dynamic_update_index_in_dim(dw_EKN, sum_KN.astype(dw_EKN.dtype), expert, 0)
+        # Only one expert's sum is float32, and is stored after every tile: all experts' would be twice a bfloat16 gradient.
+        dw_KN = _to_storable(sum_KN.astype(x_RK.dtype))
+        return sum_KN, lax.dynamic_update_index_in_dim(dw_EKN, dw_KN, expert, 0)
 
-    return lax.fori_loop(0, tiles.num_live, add_tile, (sum_KN, dw_EKN))[1]
+    _, dw_EKN = lax.fori_loop(0, tiles.num_live, add_tile, (sum_KN, _to_storable(dw_EKN)))
+    return _from_storable(dw_EKN, x_RK.dtype)
 
 
 def tile_height(num_rows: int, num_experts: int) -> int:
@@ -93,7 +99,18 @@ def tile_height(num_rows: int, num_experts: int) -> int:
 
 
 def _sum_dtype(array: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(array.dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
+
+
+def _to_storable(array: jax.Array) -> jax.Array:
+    """The form in which a loop carries its result: the array itself, or its bits where storing bfloat16 is emulated."""
+    if _STORING_BFLOAT16_IS_EMULATED and array.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(array, jnp.uint16)
+    return array
+
+
+def _from_storable(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
 
 
 def _list_tiles(group_sizes_E: jax.Array, num_rows: int, height: int) -> _Tiles:
