@@ -1,0 +1,46 @@
+"""Simulated devices: one CPU as many, for layouts and collectives without the hardware.
+
+The one place that decides which devices JAX starts with; it must run before JAX's first backend does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+_COUNT_FLAG = "--xla_force_host_platform_device_count"
+# Simulated devices share the cores, so that one may wait long for the others in a collective; XLA's default limit of
+# 40 seconds would end the process.
+_PATIENCE = {
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds": 120,
+    "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
+}
+
+
+def simulate_devices(count: int) -> None:
+    """Make JAX see `count` CPU devices.
+
+    Devices that JAX has already started with are kept where there are enough of them.
+
+    Raises:
+      ValueError: JAX has started with fewer devices, or `count` is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"devices={count} is not a number of devices: choose at least 1")
+    given = re.sub(rf"{_COUNT_FLAG}=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    flags = {_COUNT_FLAG: count} | {name: seconds for name, seconds in _PATIENCE.items() if name not in given}
+    os.environ["XLA_FLAGS"] = " ".join([*given.split(), *(f"{name}={value}" for name, value in flags.items())])
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    imported_before = "jax" in sys.modules
+    import jax
+
+    if imported_before:
+        jax.config.update("jax_platforms", "cpu")
+    available = len(jax.devices())
+    if available < count:
+        raise ValueError(
+            f"devices={count} cannot be simulated: JAX has started with {available} already; "
+            "call simulate_devices before any other use of JAX"
+        )
+
