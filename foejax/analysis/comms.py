@@ -1,0 +1,171 @@
+"""Which collectives a run's programs need: forward pass, decoding step, training step.
+
+The programs are lowered and compiled from shapes; no parameter is allocated and nothing runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from foejax.config import RunConfig
+from foejax.decoding import lower_decode_step
+from foejax.evaluation.evaluate import model_loss
+from foejax.models import LanguageModel
+from foejax.training.optimizer import learning_rate_schedule, make_optimizer
+from foejax.training.run import make_layout
+from foejax.training.step import abstract_train_state, make_train_step
+from sharding import Layout
+from sharding.audit import audit, summarize
+from sharding.formulas import compare_with_audit, foe_forward, moe_ep_forward
+
+DECODE_SEQUENCES = 8
+"""Sequences of the audited decoding step on every token shard."""
+
+Rows = list[dict[str, Any]]
+
+
+def communication_report(config: RunConfig, devices: int = 0) -> dict[str, Rows]:
+    """Collectives of the three programs of a run, as rows of `sharding.audit.summarize`.
+
+    - `forward`: logits of one micro-batch (`data.batch_size / training.gradient_accumulation` sequences of
+      `data.sequence_length`), with whole parameters on every data shard, as in evaluation and prefill.
+    - `decode_step`: one new token for DECODE_SEQUENCES sequences on every token shard.
+    - `train_step`: one optimizer step, micro-batches and parameter shards as `train` has them.
+
+    Args:
+      devices: overrides `mesh.devices`; 0 leaves it.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices or the model.
+    """
+    layout = _layout(config, devices)
+    serving = dataclasses.replace(layout, shard_params=False)
+    model = LanguageModel.abstract(config.model, serving)
+    return {
+        "forward": summarize(audit(lower_forward(model, _micro_batch(config)), layout.mesh)),
+        "decode_step": summarize(audit(_lower_decode_step(config, model), layout.mesh)),
+        "train_step": summarize(audit(lower_train_step(config, layout), layout.mesh)),
+    }
+
+
+def compare_with_formulas(config: RunConfig, report: Mapping[str, Rows], devices: int = 0) -> dict[str, Rows]:
+    """The audited forward pass and decoding step beside the closed formulas of `sharding.formulas`.
+
+    Empty for a layout without token-sized collectives (fsdp, or one device).
+    """
+    layout = _layout(config, devices)
+    rows, length = _micro_batch(config)
+    shards = layout.num_token_shards
+    tokens = -(-rows // shards) * length
+    forward = _expected(config, layout, tokens, last_merge="reduce-scatter")
+    decode = _expected(config, layout, DECODE_SEQUENCES, last_merge="all-reduce")
+    return {
+        "forward": compare_with_audit(forward, report["forward"]),
+        "decode_step": compare_with_audit(decode, report["decode_step"]),
+    }
+
+
+def lower_forward(model: LanguageModel, shape: tuple[int, int]) -> jax.stages.Lowered:
+    """The forward pass to the logits, lowered for a batch of this shape [B, T]; the model may be abstract."""
+    graphdef, state = nnx.split(model)
+
+    def forward(state: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
+        return nnx.merge(graphdef, state).logits(batch)
+
+    names = ("tokens", "positions", "segment_ids")
+    return jax.jit(forward).lower(state, _abstract_batch(names, shape, model.layout))
+
+
+def lower_train_step(config: RunConfig, layout: Layout) -> jax.stages.Lowered:
+    """One optimizer step as `train` compiles it, lowered from shapes."""
+    training = config.training
+    model = LanguageModel.abstract(config.model, layout)
+    graphdef, params, router_state = nnx.split(model, nnx.Param, nnx.Variable)
+    optimizer = make_optimizer(training)
+    state = abstract_train_state(params, router_state, optimizer, layout.mesh)
+    loss = model_loss(
+        graphdef,
+        load_balance_coef=training.load_balance_coef,
+        z_loss_coef=training.z_loss_coef,
+        remat=training.remat,
+    )
+    step = make_train_step(
+        loss,
+        optimizer,
+        learning_rate_schedule(training),
+        state,
+        layout.mesh,
+        accumulation=training.gradient_accumulation,
+        router_bias_rate=training.router_bias_rate,
+        num_groups=config.model.num_groups,
+    )
+    names = ("tokens", "targets", "positions", "segment_ids", "loss_weights")
+    batch = _abstract_batch(names, _micro_batch(config), layout, training.gradient_accumulation)
+    return step.lower(state, batch)  # type: ignore[attr-defined]
+
+
+def count_by_op(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Executions of each operation in one run of a program."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["op"]] = counts.get(row["op"], 0) + row["count"]
+    return counts
+
+
+def _layout(config: RunConfig, devices: int) -> Layout:
+    mesh = config.mesh.model_copy(update={"devices": devices}) if devices else config.mesh
+    return make_layout(config.model, mesh)
+
+
+def _micro_batch(config: RunConfig) -> tuple[int, int]:
+    return config.data.batch_size // config.training.gradient_accumulation, config.data.sequence_length
+
+
+def _lower_decode_step(config: RunConfig, model: LanguageModel) -> jax.stages.Lowered:
+    sequences = DECODE_SEQUENCES * model.layout.num_token_shards
+    return lower_decode_step(model, sequences, slots=config.data.sequence_length)
+
+
+def _abstract_batch(
+    names: Sequence[str], shape: tuple[int, int], layout: Layout, accumulation: int = 1
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Batch fields [B, T], or [A, B, T] with gradient accumulation, rounded up to whole rows for every token shard."""
+    rows, length = shape
+    rows += -rows % layout.num_token_shards
+    leading = (accumulation,) if accumulation > 1 else ()
+    spec = jax.sharding.PartitionSpec(*(None for _ in leading), *layout.batch_spec())
+    sharding = layout.sharding(spec)
+    return {
+        name: jax.ShapeDtypeStruct(
+            (*leading, rows, length), jnp.float32 if name == "loss_weights" else jnp.int32, sharding=sharding
+        )
+        for name in names
+    }
+
+
+def _expected(config: RunConfig, layout: Layout, tokens: int, *, last_merge: Any) -> Rows:
+    """What the formulas say for `tokens` tokens on every device."""
+    model, sizes = config.model, layout.sizes
+    itemsize = jnp.dtype(model.dtype).itemsize
+    if sizes.group > 1:
+        return foe_forward(
+            model.num_layers, tokens, model.hidden_size, sizes.group, last_merge=last_merge, itemsize=itemsize
+        )
+    if sizes.expert > 1:
+        return moe_ep_forward(
+            model.num_layers,
+            tokens,
+            model.hidden_size,
+            sizes.expert,
+            num_experts=model.num_experts,
+            experts_per_token=model.experts_per_token,
+            deduplicate=True,
+            itemsize=itemsize,
+        )
+    return []
