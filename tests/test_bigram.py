@@ -55,15 +55,21 @@ def test_independent_tokens_rely_on_the_unigram_where_the_context_is_rare() -> N
     np.testing.assert_allclose(model.mixture_C3.sum(axis=1), 1.0)
 
 
-def test_baseline_counts_the_weighted_targets_and_their_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_training_tokens_are_counted_after_the_mixture_is_found() -> None:
+    model = BigramModel(VOCABULARY)
+    model.fit(np.array([0, 1, 2] * 60 + [3, 4] * 8, np.uint16))  # the mixture is found on the 3s and 4s
+    assert model.probabilities(np.array([3]), np.array([4]))[0] > 1 / VOCABULARY
+
+
+def test_baseline_counts_the_weighted_targets_and_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOEJAX_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "corpus.jsonl"
     rows = [{"text": "the bells ring over the old town and the wet roofs " * (3 + n)} for n in range(10)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = open_dataset(
-        DataConfig(corpus=str(path), tokenizer_vocab_size=270, sequence_length=16, batch_size=4, validation_fraction=0.2)
+        DataConfig(
+            corpus=str(path), tokenizer_vocab_size=270, sequence_length=16, batch_size=4, validation_fraction=0.2
+        )
     )
     result = bigram_baseline(dataset)
     assert 0 < result.nats_per_token < math.log(270)

@@ -19,7 +19,7 @@ from foejax.data.packing import PackedRows
 from foejax.data.split import choose_split
 
 WORDS = "the sea and sky of an old town where naïve gulls cry “more” at noon while bells ring over wet roofs".split()
-EOS = 0
+EOS = 7  # of the streams made here; a trained tokenizer has 0
 
 
 def _text(seed: int, words: int) -> str:
@@ -120,7 +120,7 @@ def test_a_missing_corpus_names_the_known_ones(tmp_path: Path) -> None:
 # Split
 
 
-@given(st.lists(st.integers(1, 10_000), min_size=1, max_size=40), st.floats(0.01, 0.5), st.integers(0, 5))
+@given(st.lists(st.integers(1, 10_000), min_size=1, max_size=40), st.floats(0.01, 0.95), st.integers(0, 5))
 def test_split_holds_out_about_the_wanted_bytes(sizes: list[int], fraction: float, seed: int) -> None:
     split = choose_split(sizes, fraction, seed)
     wanted = fraction * sum(sizes)
@@ -141,6 +141,8 @@ def test_one_document_is_split_at_a_line_end_near_its_tail(tmp_path: Path) -> No
     head, tail = (dataset.tokenizer.decode(stream.tokens) for stream in (dataset.train, dataset.validation))
     assert head + tail == "".join(lines) and head.endswith("\n")
     assert 0.05 < len(tail) / len(head + tail) <= 0.1
+    reshuffled = open_dataset(_config(path, validation_fraction=0.1, seed=1))
+    assert (reshuffled.train.tokens == dataset.train.tokens).all() and reshuffled.fingerprint != dataset.fingerprint
 
 
 def test_a_text_too_short_to_hold_anything_out_is_refused(tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_a_text_too_short_to_hold_anything_out_is_refused(tmp_path: Path) -> Non
 def test_trained_tokenizer_is_deterministic_cached_and_exact(corpus: Path, cache: Path) -> None:
     config = _config(corpus)
     tokenizer = load_tokenizer(config)
-    assert tokenizer.vocab_size == 280 and tokenizer.eos_id == EOS
+    assert tokenizer.vocab_size == 280 and tokenizer.eos_id == 0
     (cached,) = (cache / "tokenizers").iterdir()
     first = (cached / "tokenizer.json").read_bytes()
     assert load_tokenizer(config).digest() == tokenizer.digest()
@@ -165,9 +167,9 @@ def test_trained_tokenizer_is_deterministic_cached_and_exact(corpus: Path, cache
     assert (cached / "tokenizer.json").read_bytes() == first
     text = "naïve “gulls”\n\n 🙂 <|endoftext|> \x00"
     ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text and EOS not in ids
+    assert tokenizer.decode(ids) == text and 0 not in ids
     assert tokenizer.encode_batch([text, "sea"]) == [ids, tokenizer.encode("sea")]
-    assert tokenizer.encode("sea", start_of_document=True) == [EOS, *tokenizer.encode("sea")]
+    assert tokenizer.encode("sea", start_of_document=True) == [0, *tokenizer.encode("sea")]
     assert token_byte_lengths(tokenizer)[ids].sum() == len(text.encode("utf-8"))
 
 
@@ -203,6 +205,21 @@ def test_a_tokenizer_without_an_end_token_is_refused(corpus: Path, tmp_path: Pat
     path.write_text(path.read_text().replace("<|endoftext|>", "<|unknown|>"))
     with pytest.raises(DataError, match="no end-of-text token"):
         Tokenizer.from_file(path)
+
+
+def test_added_tokens_count_their_bytes_unless_they_are_special(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    load_tokenizer(_config(corpus)).to_file(path)
+    description = json.loads(path.read_text(encoding="utf-8"))
+    (end,) = description["added_tokens"]
+    end["special"] = False
+    description["added_tokens"] += [
+        {**end, "id": 280, "content": "<|pad|>", "special": True},
+        {**end, "id": 281, "content": "naïve", "special": False},
+    ]
+    path.write_text(json.dumps(description), encoding="utf-8")
+    lengths = token_byte_lengths(Tokenizer.from_file(path))
+    assert lengths[[0, 280, 281]].tolist() == [0, 0, 6] and lengths.shape == (282,)
 
 
 # Packing

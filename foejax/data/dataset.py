@@ -125,7 +125,9 @@ class _SplitCorpus:
 def _split_corpus(config: DataConfig) -> _SplitCorpus:
     sizes, text_digest = scan(read_documents(config.corpus, config.text_field))
     split = choose_split(sizes, config.validation_fraction, config.seed)
-    return _SplitCorpus(config, split, _digest(text_digest, sorted(split.validation), split.tail_of, split.tail_fraction))
+    return _SplitCorpus(
+        config, split, _digest(text_digest, sorted(split.validation), split.tail_of, split.tail_fraction)
+    )
 
 
 def _open_tokenizer(config: DataConfig, corpus: _SplitCorpus) -> Tokenizer:

@@ -44,6 +44,9 @@ PACKAGES = {
 # Collections of short entries become documents of about this many characters.
 _COLLECTION_PIECE = 8_000
 
+# Shorter pages say little but what their template says ("This is the complete list of members for ...").
+_MIN_DOCUMENT = 200
+
 
 def _download(workdir: Path) -> list[dict[str, str]]:
     _html_extractor()  # a missing library is told before 135 MB are fetched
@@ -69,7 +72,8 @@ def _documents(workdir: Path) -> Iterator[dict[str, Any]]:
             for path in _text_files(root):
                 paragraphs = list(repeats.keep(filter(is_prose, _paragraphs(path, extract))))
                 for piece in _pieces(paragraphs, _COLLECTION_PIECE if _is_collection(path) else None):
-                    yield {"text": piece, "package": package, "file": path.relative_to(root).as_posix()}
+                    if len(piece) >= _MIN_DOCUMENT:
+                        yield {"text": piece, "package": package, "file": path.relative_to(root).as_posix()}
             shutil.rmtree(root)
 
 
@@ -143,7 +147,7 @@ def _pieces(paragraphs: list[str], size: int | None) -> Iterator[str]:
 RECIPE = Recipe(
     name="debian-docs",
     version=1,
-    description="prose of 21 documentation packages, about 120 MB, from Debian 12 by apt-get; needs foejax[corpora]",
+    description="prose of 21 documentation packages, about 105 MB, from Debian 12 by apt-get; needs foejax[corpora]",
     licence="free licences of the packages (GPL, GFDL, PSF, BSD and others): fetched, not redistributed",
     download=_download,
     documents=_documents,
