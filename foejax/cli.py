@@ -1,0 +1,78 @@
+"""The command `foejax`: thin commands over the Python API that notebooks use.
+
+JAX is imported inside the commands, so that `--help` is quick and `--devices N` can come before JAX starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from foejax.commands.parser import make_parser, split_overrides
+from foejax.config import ConfigError
+
+EXIT_ERROR = 2
+EXIT_NON_FINITE = 3
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: schedulers requeue on it
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Whatever is wrong with the input is told in one line on stderr; FOEJAX_TRACEBACK=1 shows the traceback instead.
+    """
+    _show_log()
+    try:
+        return _run(sys.argv[1:] if argv is None else list(argv))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except (ValueError, OSError, RuntimeError) as error:
+        code = _exit_code(error)
+        if code is None or os.environ.get("FOEJAX_TRACEBACK"):
+            raise
+        print(f"foejax: error: {_one_line(error)}", file=sys.stderr)
+        return code
+
+
+def _run(argv: list[str]) -> int:
+    arguments, overrides = split_overrides(argv)
+    options = make_parser().parse_args(arguments)
+    if overrides and not options.takes_overrides:
+        raise ConfigError(f"--{next(iter(overrides))}: `foejax {options.command}` takes no config overrides")
+    if getattr(options, "devices", None):
+        from foejax.devices import simulate_devices
+
+        simulate_devices(options.devices)
+    return options.run(options, overrides) or 0
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Exit code of an error that the user can mend; None for one that is ours."""
+    from foejax.training.errors import NonFiniteLoss, Preempted, TrainingError
+
+    if isinstance(error, Preempted):
+        return EXIT_PREEMPTED
+    if isinstance(error, NonFiniteLoss):
+        return EXIT_NON_FINITE
+    return EXIT_ERROR if isinstance(error, (ValueError, OSError, TrainingError)) else None
+
+
+def _one_line(error: Exception) -> str:
+    from foejax.training.errors import is_disk_full
+
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and is_disk_full(error):
+        return f"the disk is full: {text}; free some space and start the same command again"
+    return text
+
+
+def _show_log() -> None:
+    """Our own log lines on stderr; stdout is for results."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("foejax")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)

@@ -1,0 +1,1 @@
+"""The commands of `foejax`, one file a family; `parser.py` says what they take."""

