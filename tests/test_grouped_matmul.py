@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
+
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul.api import GroupedMatmulError
 from pallas_kernels.grouped_matmul.shapes import SHAPES
@@ -48,10 +49,10 @@ CASES = {
 
 
 class Operands(NamedTuple):
-    x_RK: jax.Array
-    w_EKN: jax.Array
-    dy_RN: jax.Array
-    group_sizes_E: jax.Array
+    rows: jax.Array  # [R, K]
+    weights: jax.Array  # [E, K, N], or [E, N, K] with transpose_rhs
+    cotangent: jax.Array  # [R, N]
+    group_sizes: jax.Array  # [E]
 
 
 @pytest.fixture(autouse=True)
@@ -79,11 +80,11 @@ def product_and_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     def multiply(x_RK: jax.Array, w_EKN: jax.Array) -> jax.Array:
         return grouped_matmul(
-            x_RK, w_EKN, operands.group_sizes_E, transpose_rhs=transpose_rhs, implementation=implementation
+            x_RK, w_EKN, operands.group_sizes, transpose_rhs=transpose_rhs, implementation=implementation
         )
 
-    y_RN, transpose = jax.vjp(multiply, operands.x_RK, operands.w_EKN)
-    return y_RN, *transpose(operands.dy_RN)
+    y_RN, transpose = jax.vjp(multiply, operands.rows, operands.weights)
+    return y_RN, *transpose(operands.cotangent)
 
 
 def assert_close(actual: jax.Array, expected: jax.Array, tolerance: float) -> None:
@@ -110,9 +111,11 @@ def test_reference_is_a_loop_over_experts() -> None:
         assert_close(actual, expected, 1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("case_name", "dtype"),
+    [*((name, "float32") for name in CASES), *((name, "float64") for name, case in CASES.items() if case.rows == 200)],
+)
 @pytest.mark.parametrize("transpose_rhs", [False, True], ids=["plain", "transpose_rhs"])
-@pytest.mark.parametrize("case_name", CASES)
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_product_and_gradients_equal_the_reference(
     implementation: str, case_name: str, transpose_rhs: bool, dtype: str
@@ -222,9 +225,7 @@ def test_gradients_inside_shard_map(implementation: str, x_axes: tuple[str, ...]
     )
 
     def dense(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-        everywhere = [
-            jnp.broadcast_to(a, dy.shape[:3] + a.shape[3:]).reshape(-1, *a.shape[3:]) for a in (x, w, sizes)
-        ]
+        everywhere = [jnp.broadcast_to(a, dy.shape[:3] + a.shape[3:]).reshape(-1, *a.shape[3:]) for a in (x, w, sizes)]
         one = functools.partial(grouped_matmul, implementation="reference")
         return jnp.stack([one(*operands) for operands in zip(*everywhere, strict=True)]).reshape(dy.shape)
 
@@ -277,7 +278,7 @@ def test_scan_of_checkpointed_layers_inside_shard_map(implementation: str) -> No
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_temporary_memory_does_not_grow_with_experts(implementation: str, dtype: str) -> None:
     """No buffer [E, R, K], and from JAX 0.11 on no float32 copy of bfloat16 weights or of their gradient either."""
-    rows, contracted, features, experts = 1024, 64, 64, 64
+    rows, contracted, features, experts = 2048, 64, 64, 64
     shapes = ((rows, contracted), (experts, contracted, features), (rows, features))
     abstract = Operands(
         *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.ShapeDtypeStruct((experts,), jnp.int32)
@@ -286,7 +287,7 @@ def test_temporary_memory_does_not_grow_with_experts(implementation: str, dtype:
     itemsize = jnp.dtype(dtype).itemsize
     all_weights = experts * contracted * features * itemsize
     emulated = dtype == "bfloat16" and jax.__version_info__ < (0, 11)
-    bound = 4 * all_weights if emulated else all_weights // 2
+    bound = 8 * all_weights if emulated else all_weights // 2
     assert bound <= experts * rows * contracted * itemsize // 4
     assert compiled.memory_analysis().temp_size_in_bytes < bound
 

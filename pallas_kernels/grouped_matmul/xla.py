@@ -80,7 +80,7 @@ def weight_gradient(x_RK: jax.Array, dy_RN: jax.Array, group_sizes_E: jax.Array)
         expert = tiles.experts[index]
         same_expert = (index > 0) & (tiles.experts[jnp.maximum(index - 1, 0)] == expert)
         sum_KN = product_KN + jnp.where(same_expert, sum_KN, jnp.zeros_like(sum_KN))
-        # Only one expert's sum is float32, and is stored after every tile: all experts' would be twice a bfloat16 gradient.
+        # One expert's float32 sum, stored after every tile: for all experts it would be twice a bfloat16 gradient.
         dw_KN = _to_storable(sum_KN.astype(x_RK.dtype))
         return sum_KN, lax.dynamic_update_index_in_dim(dw_EKN, dw_KN, expert, 0)
 
