@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from foejax.data import Tokenizer
 from foejax.interop.config_json import CONFIG_FILE, choose_model_type, to_config_json
 from foejax.interop.errors import ExportError
 from foejax.interop.safetensors_file import DTYPES, TensorSpec, write_safetensors
-from foejax.interop.tensor_names import SELECTION_BIAS, ModelType, TensorRule, tensor_rules
+from foejax.interop.tensor_names import SELECTION_BIAS, ModelType, ParamPath, TensorRule, tensor_rules
 from foejax.models import LanguageModel
 from foejax.models.layers import high_precision
 
@@ -27,14 +27,14 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILE = "tokenizer.json"
 
-FlatState = dict[tuple[str, ...], jax.Array]
+FlatState = Mapping[ParamPath, jax.Array]
 
 
 def export_model(
     model: LanguageModel,
     folder: str | Path,
-    *,
     tokenizer: Tokenizer | str | Path | None = None,
+    *,
     model_type: ModelType | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -63,9 +63,8 @@ def export_model(
     dtype = dtype or str(high_precision(model.config.dtype))
     if dtype not in DTYPES:
         raise ExportError(f"dtype={dtype!r} cannot be stored: choose one of {', '.join(DTYPES)}")
-    params: FlatState = {
-        path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model.transformer))
-    }
+    state = nnx.to_flat_state(nnx.state(model.transformer))
+    params: FlatState = {path: variable.get_value() for path, variable in state}
     if not all(value.is_fully_addressable for value in params.values()):
         raise ExportError("the parameters are spread over several processes: export from one process that holds all")
     has_bias = bool(np.any(np.asarray(params[SELECTION_BIAS.path])))
@@ -145,12 +144,13 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> No
     path = folder / TOKENIZER_FILE
     tokenizer.to_file(path)
     added = json.loads(path.read_text(encoding="utf-8"))["added_tokens"]
-    settings: dict[str, Any] = {
+    end = next((entry["content"] for entry in added if entry["id"] == tokenizer.eos_id), None)
+    settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_seq_len,
         "clean_up_tokenization_spaces": False,
+        "eos_token": end,
     }
-    settings |= {"eos_token": entry["content"] for entry in added if entry["id"] == tokenizer.eos_id}
     _write_json(folder / "tokenizer_config.json", settings)
     _write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.eos_id})
 

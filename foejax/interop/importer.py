@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from foejax.interop.config_json import from_config_json, read_config_json
 from foejax.interop.errors import ModelFolderError
 from foejax.interop.exporter import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILE
 from foejax.interop.safetensors_file import open_safetensors
-from foejax.interop.tensor_names import SELECTION_BIAS, ModelType, TensorRule, tensor_rules
+from foejax.interop.tensor_names import SELECTION_BIAS, Index, ModelType, ParamPath, Shape, TensorRule, tensor_rules
 from foejax.models import LanguageModel
 from sharding import Layout
 
@@ -61,7 +62,7 @@ def import_model(folder: str | Path, layout: Layout, *, dtype: str | None = None
     abstract = LanguageModel.abstract(config, layout)
     graphdef, state = nnx.split(abstract.transformer)
     flat = nnx.to_flat_state(state)
-    places: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {path: variable.get_value() for path, variable in flat}
+    places = {path: variable.get_value() for path, variable in flat}
     rules = {rule.path: rule for rule in _rules_of(tensors, places, model_type, config.num_layers)}
     leaves = []
     for path, variable in flat:
@@ -89,14 +90,14 @@ def _open_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 def _rules_of(
     tensors: dict[str, np.ndarray],
-    places: dict[tuple[str, ...], jax.ShapeDtypeStruct],
+    places: Mapping[ParamPath, jax.ShapeDtypeStruct],
     model_type: ModelType,
     num_layers: int,
 ) -> tuple[TensorRule, ...]:
     """The table for a folder, after checking that its tensors are exactly those of the table."""
     has_bias = model_type == "foe" and any(SELECTION_BIAS.name.format(layer=n) in tensors for n in range(num_layers))
     rules = tensor_rules(model_type, selection_bias=has_bias)
-    expected = {}
+    expected: dict[str, Shape] = {}
     for rule in rules:
         shape = places[rule.path].shape
         for layer in range(num_layers) if rule.per_layer else (0,):
@@ -123,16 +124,14 @@ def _some(names: list[str]) -> str:
 
 
 def _place(rule: TensorRule, tensors: dict[str, np.ndarray], place: jax.ShapeDtypeStruct) -> jax.Array:
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Index | None) -> np.ndarray:
+        assert index is not None
+        part = np.empty([len(range(size)[cut]) for size, cut in zip(place.shape, index, strict=True)], place.dtype)
         if not rule.per_layer:
-            return np.array(rule.join(tensors, place.shape, 0, index), dtype=place.dtype)
-        layers = range(place.shape[0])[index[0]]
-        part = None
-        for row, layer in enumerate(layers):
-            values = rule.join(tensors, place.shape[1:], layer, index[1:])
-            if part is None:
-                part = np.empty((len(layers), *values.shape), place.dtype)
-            part[row] = values
+            part[...] = rule.join(tensors, place.shape, 0, index)
+            return part
+        for row, layer in enumerate(range(place.shape[0])[index[0]]):
+            part[row] = rule.join(tensors, place.shape[1:], layer, index[1:])
         return part
 
     return jax.make_array_from_callback(place.shape, place.sharding, read)

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 ModelType = Literal["foe", "olmoe"]
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
+ParamPath = tuple[Any, ...]
+"""Key of a parameter in a flat nnx state."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class TensorRule:
     dims: str
 
     @property
-    def path(self) -> tuple[str, ...]:
+    def path(self) -> ParamPath:
         """Key of the parameter in a flat nnx state."""
         return tuple(self.param.split("."))
 
@@ -100,7 +102,7 @@ _INPUT_NORM = TensorRule("layers.attention_norm_SD", _LAYER + "input_layernorm.w
 SELECTION_BIAS = TensorRule("layers.router.selection_bias_SE", _LAYER + "mlp.gate.e_score_correction_bias", "SE")
 """Written only where it is not zero; named as DeepSeek-V3 names it."""
 
-_RULES = (
+_RULES: tuple[TensorRule, ...] = (
     TensorRule("embedding_VD", "model.embed_tokens.weight", "V D"),
     _INPUT_NORM,
     TensorRule("layers.attention.q_SDQK", _LAYER + "self_attn.q_proj.weight", "SQK D"),

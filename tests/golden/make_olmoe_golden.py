@@ -1,6 +1,6 @@
 """Makes the golden OLMoE model of tests/test_parity_olmoe.py with PyTorch and transformers.
 
-usage: .venv-parity/bin/python tests/golden/make_olmoe_golden.py      (after `make parity`; writes tests/golden/olmoe_tiny)
+usage: .venv-parity/bin/python tests/golden/make_olmoe_golden.py      (after `make parity`; writes olmoe_tiny/ beside)
 
 The folder holds a tiny model as transformers saves it, with random norms and weights large enough that every part of
 it shows in the logits, and expected.npz: token ids, int32 [B, T], and their logits, float32 [B, T, V].

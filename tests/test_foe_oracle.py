@@ -1,0 +1,93 @@
+"""FoE logits against an independent NumPy forward pass over the exported tensors (tests/foe_oracle.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from foe_oracle import Oracle
+
+from foejax.config import ModelConfig
+from foejax.interop import export_model, import_model
+from foejax.models import LanguageModel
+from sharding import Layout
+
+TOLERANCE = 1e-5
+"""Largest |difference| over largest |logit|; float32 against float64 gives about 1e-6."""
+
+MODEL = ModelConfig(
+    vocab_size=48,
+    hidden_size=24,
+    num_layers=3,
+    num_query_heads=16,
+    num_kv_heads=8,
+    head_dim=6,
+    num_experts=16,
+    experts_per_token=8,
+    expert_hidden_size=12,
+    num_groups=4,
+    max_seq_len=32,
+    rope_base=10000.0,
+    norm_eps=1e-3,
+    init_std=0.25,
+    dtype="float32",
+)
+
+
+def random_model(config: ModelConfig, seed: int, *, selection_bias: bool = False) -> LanguageModel:
+    """A model with random norms, so that a norm left out or swapped shows, and, if asked for, selection biases."""
+    model = LanguageModel.create(config, Layout.single_device(), jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    state = nnx.to_flat_state(nnx.state(model.transformer))
+    for path, variable in state:
+        shape = variable.get_value().shape
+        if "norm" in path[-1]:
+            variable[...] = rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        elif path[-1].startswith("selection_bias") and selection_bias:
+            variable[...] = rng.normal(0.0, 0.1, shape).astype(np.float32)
+    nnx.update(model.transformer, nnx.from_flat_state(state))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "selection_bias", "devices"),
+    [
+        ({}, False, 1),
+        ({"rope_scaling_factor": 4.0}, True, 4),
+        ({"merge_scale": "rsqrt", "embedding_scale": 0.25, "router_scope": "group"}, False, 8),
+        ({"merge_scale": "sum", "embedding_scale": 2.0, "router_score": "sigmoid"}, True, 2),
+        ({"num_groups": 8, "num_layers": 2}, False, 4),
+        ({"num_groups": 1, "num_layers": 2, "router_score": "sigmoid"}, True, 1),
+    ],
+    ids=["paper", "bias-and-rope-scaling", "rsqrt-group-scope", "sum-sigmoid", "top-1", "one-group"],
+)
+def test_logits_are_those_of_the_equations(
+    options: dict[str, Any], selection_bias: bool, devices: int, tmp_path: Path
+) -> None:
+    """Two packed documents, exported from one device and read onto a mesh."""
+    config = ModelConfig.model_validate(MODEL.model_dump() | options)
+    exported = random_model(config, seed=5, selection_bias=selection_bias)
+    folder = export_model(exported, tmp_path / "foe", model_type="foe")
+    layout = Layout.create("foe", num_groups=config.num_groups, num_devices=devices)
+    model = import_model(folder, layout)
+
+    rng = np.random.default_rng(6)
+    lengths = (9, 7)
+    tokens = rng.integers(0, config.vocab_size, sum(lengths)).astype(np.int32)
+    batch = {
+        "tokens": tokens[None],
+        "positions": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])[None],
+        "segment_ids": np.repeat(np.array([1, 2], np.int32), lengths)[None],
+    }
+    actual = np.asarray(jax.jit(model.logits)(batch))
+
+    oracle = Oracle(folder)
+    expected = np.concatenate([oracle.logits(document) for document in np.split(tokens, lengths[:1])])
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    print(f"relative error {error:.1e}, smallest router margin {oracle.smallest_margin:.1e}")
+    assert np.std(expected) > 0.3, "the model says next to nothing"
+    assert error < TOLERANCE, f"smallest router margin {oracle.smallest_margin:.1e}"
