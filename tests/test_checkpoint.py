@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections import namedtuple
 from pathlib import Path
 
 import jax
@@ -158,6 +159,15 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path):
     assert store.steps() == [2, 5, 6]
 
 
+def test_a_disk_too_small_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saved = save_steps(tmp_path, 1)[1]
+    free = namedtuple("Usage", "free")
+    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda folder: free(100))
+    with pytest.raises(CheckpointError, match="the disk is full .* bytes needed, 100 free.*step 1 is intact"):
+        CheckpointStore(tmp_path).save(saved, step=2, config=CONFIG, data_state=None)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["00000001"]
+
+
 def test_full_disk_is_one_line_and_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     saved = save_steps(tmp_path, 1)[1]
 
@@ -169,7 +179,7 @@ def test_full_disk_is_one_line_and_keeps_what_there_is(tmp_path: Path, monkeypat
     store.save(saved, step=2, config=CONFIG, data_state=None)
     with pytest.raises(CheckpointError) as caught:
         store.wait()
-    assert "the disk is full: the checkpoint of step 2 was not saved" in str(caught.value)
+    assert "the disk is full (No space left on device): the checkpoint of step 2 was not saved" in str(caught.value)
     assert "step 1 is intact" in str(caught.value) and "\n" not in str(caught.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["00000001"]
     monkeypatch.undo()

@@ -85,12 +85,18 @@ def evaluate(model: LanguageModel, dataset: Dataset, limit: int | None = None) -
       dataset: its tokenizer is the model's.
       limit: number of validation batches; None takes all.
     """
-    graphdef, params, router_state = nnx.split(model, nnx.Param, nnx.Variable)
+    graphdef, params, router_state = split_model(model)
     sharding = model.layout.sharding(model.layout.batch_spec())
     token_bytes = pad_token_bytes(dataset.token_byte_lengths, model.config.vocab_size)
-    shard = data_shard(sharding, dataset.config.batch_size)
-    batches = dataset.validation_batches(None, limit, *shard)
+    index, count = data_shard(sharding, dataset.config.batch_size)
+    batches = dataset.validation_batches(None, limit, index, count)
     return Evaluator(model_loss(graphdef), sharding, token_bytes).run(params, router_state, batches)
+
+
+def split_model(model: LanguageModel) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Structure, trained parameters and router state (the selection bias) of a model."""
+    graphdef, params, router_state = nnx.split(model, nnx.Param, nnx.Variable)  # type: ignore[misc]
+    return graphdef, params, router_state
 
 
 def model_loss(graphdef: nnx.GraphDef, **options: Any) -> LossFunction:

@@ -26,7 +26,7 @@ def data_shard(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
             f"a batch of {batch_size} sequences does not divide over {shards} batch shards of the mesh: choose a "
             f"multiple of {shards} (data.batch_size / training.gradient_accumulation), or a smaller mesh.data"
         )
-    rows = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+    rows = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values() if index]
     start = min(part.start or 0 for part in rows)
     stop = max(batch_size if part.stop is None else part.stop for part in rows)
     return start // (stop - start), batch_size // (stop - start)

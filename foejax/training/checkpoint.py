@@ -11,6 +11,7 @@ DIR/00000030.damaged/  a checkpoint that failed its manifest when a run resumed
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -101,6 +102,7 @@ class CheckpointStore:
             "config": config.model_dump(),
         }
         try:
+            self._check_space(state)
             self._prepare(saving, {"info.json": info, "data_state.json": data_state})
             items = {name: ocp.args.StandardSave(named) for name, named in _items(state).items()}
             self._checkpointer.save(saving / "state", args=ocp.args.Composite(**items))
@@ -215,6 +217,15 @@ class CheckpointStore:
             f"{damage} and no older checkpoint in {self.directory} is good: move the folder away to start anew"
         )
 
+    def _check_space(self, state: TrainState) -> None:
+        """Find a full disk before orbax has half written to it."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            reason = f"No space left on device: {needed:,} bytes needed, {free:,} free"
+            raise OSError(errno.ENOSPC, reason)
+
     def _prepare(self, saving: Path, files: dict[str, Any]) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(saving, ignore_errors=True)
@@ -242,11 +253,12 @@ class CheckpointStore:
         step = int(saving.stem)
         if is_disk_full(error):
             return CheckpointError(
-                f"the disk is full: the checkpoint of step {step} was not saved under {self.directory}; {kept}: "
-                "free some space and start the same command again"
+                f"the disk is full ({_one_line(error)}): the checkpoint of step {step} was not saved under "
+                f"{self.directory}; {kept}: free some space and start the same command again"
             )
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return CheckpointError(f"the checkpoint of step {step} was not saved under {self.directory}: {reason}; {kept}")
+        return CheckpointError(
+            f"the checkpoint of step {step} was not saved under {self.directory}: {_one_line(error)}; {kept}"
+        )
 
     def _drop_old(self) -> None:
         steps = self.steps()
@@ -273,7 +285,7 @@ class CheckpointStore:
         try:
             found = self._checkpointer.restore(folder / "state", args=ocp.args.Composite(**arguments))
         except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(f"checkpoint {folder} cannot be read: {' '.join(str(error).split())}") from error
+            raise CheckpointError(f"checkpoint {folder} cannot be read: {_one_line(error)}") from error
         return _from_items(template, {name: found[name] for name in arguments})
 
 
@@ -319,6 +331,12 @@ def _from_items(template: Any, items: dict[str, Any]) -> Any:
         return entry
 
     return jax.tree_util.tree_map_with_path(find, template)
+
+
+def _one_line(error: Exception) -> str:
+    """The reason of an error in at most 200 characters; tensorstore writes pages."""
+    text = " ".join(str(error.strerror if isinstance(error, OSError) else error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"...{text[-200:]}"
 
 
 def _read_json(path: Path) -> Any:

@@ -135,7 +135,7 @@ class _Reporter:
 def _dump_batch(run_dir: Path, step: int, name: str, value: float, rows: HostBatch) -> str:
     process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
     path = run_dir / f"nonfinite_step_{step}{process}.npz"
-    np.savez(path, **rows)
+    np.savez(path, **dict(rows))  # type: ignore[arg-type]
     return (
         f"{name} is {value} at step {step}: the batch is in {path}; lower training.learning_rate or "
         "training.clip_norm, or look at the batch, and start again from the last checkpoint"

@@ -34,8 +34,9 @@ class ProgressDisplay:
             self._bar = Progress(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn(figures), TimeRemainingColumn()
             )
-            start = dict(loss=float("nan"), rate=0.0, imbalance=1.0)
-            self._task = self._bar.add_task("training", total=total, completed=first, **start)
+            self._task = self._bar.add_task(
+                "training", total=total, completed=first, loss=float("nan"), rate=0.0, imbalance=1.0
+            )
 
     def __enter__(self) -> Self:
         if self._bar is not None:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from foejax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
 from foejax.data import Dataset, TrainIterator, open_dataset
-from foejax.evaluation.evaluate import EvalResult, Evaluator, model_loss, pad_token_bytes
+from foejax.evaluation.evaluate import EvalResult, Evaluator, model_loss, pad_token_bytes, split_model
 from foejax.models import LanguageModel
 from foejax.training.batches import Batch, HostBatch, data_shard, place_batch
 from foejax.training.checkpoint import CheckpointStore
@@ -53,8 +53,8 @@ class Run:
     def evaluate(self) -> EvalResult:
         """Evaluate the current parameters on the first `training.eval_batches` validation batches."""
         sharding = self.layout.sharding(self.layout.batch_spec())
-        shard = data_shard(sharding, self.config.data.batch_size)
-        batches = self.dataset.validation_batches(None, self.config.training.eval_batches, *shard)
+        index, count = data_shard(sharding, self.config.data.batch_size)
+        batches = self.dataset.validation_batches(None, self.config.training.eval_batches, index, count)
         return self.evaluator.run(self.state.params, self.state.router_state, batches)
 
     def save(self, step: int, validation_loss: float | None) -> None:
@@ -73,15 +73,15 @@ def open_run(config: RunConfig, run_dir: Path, dataset: Dataset | None) -> Run:
     if store.steps():
         check_same_run(config, run_dir)
     layout = make_layout(config.model, config.mesh)
-    shard = _check_batch(config, layout)
+    process_index, process_count = _check_batch(config, layout)
     try:
         model = LanguageModel.abstract(config.model, layout)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     dataset = dataset or open_dataset(config.data, vocab_size=config.model.vocab_size)
-    iterator = dataset.train_iterator(*shard)
+    iterator = dataset.train_iterator(process_index, process_count)
     optimizer = make_optimizer(training)
-    graphdef, params, router_state = nnx.split(model, nnx.Param, nnx.Variable)
+    graphdef, params, router_state = split_model(model)
     restored = store.restore(abstract_train_state(params, router_state, optimizer, layout.mesh), config)
     if restored is not None:
         state, start = restored.state, restored.step
@@ -90,7 +90,7 @@ def open_run(config: RunConfig, run_dir: Path, dataset: Dataset | None) -> Run:
     else:
         model_key, run_key = jax.random.split(jax.random.key(training.seed))
         model = LanguageModel.create(config.model, layout, model_key)
-        graphdef, params, router_state = nnx.split(model, nnx.Param, nnx.Variable)
+        graphdef, params, router_state = split_model(model)
         state, start = create_train_state(params, router_state, optimizer, run_key, layout.mesh), 0
     store.set_aside_after(start)
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -65,16 +65,19 @@ def abstract_train_state(
         transform_non_params=lambda _: replicated,
     )
     key_data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    shapes = TrainState(params, router_state, opt_state, jax.ShapeDtypeStruct((), jnp.int32), key_data)
-    placed = TrainState(
-        jax.tree.map(lambda leaf: leaf.sharding, params),
-        jax.tree.map(lambda leaf: leaf.sharding, router_state),
-        shardings,
-        replicated,
-        replicated,
-    )
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, placed
+
+    def place(leaf: Any, sharding: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def keep(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: place(leaf, leaf.sharding), tree)
+
+    return TrainState(
+        params=keep(params),
+        router_state=keep(router_state),
+        opt_state=jax.tree.map(place, opt_state, shardings),
+        step=place(jnp.zeros((), jnp.int32), replicated),
+        key_data=place(key_data, replicated),
     )
 
 
