@@ -147,7 +147,7 @@ def _pieces(paragraphs: list[str], size: int | None) -> Iterator[str]:
 RECIPE = Recipe(
     name="debian-docs",
     version=1,
-    description="prose of 21 documentation packages, about 105 MB, from Debian 12 by apt-get; needs foejax[corpora]",
+    description="prose of 21 documentation packages, 106 MB, from Debian 12 by apt-get; needs foejax[corpora]",
     licence="free licences of the packages (GPL, GFDL, PSF, BSD and others): fetched, not redistributed",
     download=_download,
     documents=_documents,
