@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from foe_oracle import Oracle
+from random_models import random_model
 
 from foejax.config import ModelConfig
 from foejax.interop import export_model, import_model
-from foejax.models import LanguageModel
 from sharding import Layout
 
 TOLERANCE = 1e-5
@@ -33,24 +32,8 @@ MODEL = ModelConfig(
     max_seq_len=32,
     rope_base=10000.0,
     norm_eps=1e-3,
-    init_std=0.25,
     dtype="float32",
 )
-
-
-def random_model(config: ModelConfig, seed: int, *, selection_bias: bool = False) -> LanguageModel:
-    """A model with random norms, so that a norm left out or swapped shows, and, if asked for, selection biases."""
-    model = LanguageModel.create(config, Layout.single_device(), jax.random.key(seed))
-    rng = np.random.default_rng(seed)
-    state = nnx.to_flat_state(nnx.state(model.transformer))
-    for path, variable in state:
-        shape = variable.get_value().shape
-        if "norm" in path[-1]:
-            variable[...] = rng.uniform(0.5, 1.5, shape).astype(np.float32)
-        elif path[-1].startswith("selection_bias") and selection_bias:
-            variable[...] = rng.normal(0.0, 0.1, shape).astype(np.float32)
-    nnx.update(model.transformer, nnx.from_flat_state(state))
-    return model
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from random_models import random_model
 from safetensors.numpy import load_file
 
 from foejax.config import ModelConfig
@@ -95,23 +95,16 @@ def test_live_transformers_loads_our_export(tmp_path: Path) -> None:
         rope_base=20000.0,
         rope_scaling_factor=2.0,
         norm_eps=1e-3,
-        init_std=0.2,
         dtype="float32",
     )
-    model = LanguageModel.create(config, Layout.single_device("fsdp"), jax.random.key(3))
-    rng = np.random.default_rng(4)
-    state = nnx.to_flat_state(nnx.state(model.transformer))
-    for path, variable in state:
-        if "norm" in path[-1]:
-            variable[...] = rng.uniform(0.5, 1.5, variable.get_value().shape).astype(np.float32)
-    nnx.update(model.transformer, nnx.from_flat_state(state))
+    model = random_model(config, seed=3)
     tokenizer: Tokenizer = train_bpe(["the quick brown fox jumps over the lazy dog " * 5], 290)
     folder = export_model(model, tmp_path / "moe", tokenizer=tokenizer, max_shard_bytes=60_000)
 
     reference, report = transformers.OlmoeForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     assert reference.config.eos_token_id == tokenizer.eos_id
-    tokens = rng.integers(0, config.vocab_size, (2, 20)).astype(np.int32)
+    tokens = np.random.default_rng(4).integers(0, config.vocab_size, (2, 20)).astype(np.int32)
     assert relative_error(logits_of(model, tokens), torch_logits(reference.eval(), tokens)) < TOLERANCE
 
     text = "the fox <|endoftext|> and 17 dogs"

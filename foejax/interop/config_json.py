@@ -32,6 +32,9 @@ _SHARED_KEYS = {
 _FOE_KEYS = ("num_groups", "merge_scale", "embedding_scale", "router_score", "router_scope", "head_dim")
 """Keys that only an FoE folder has, named as our fields."""
 
+_OPTIONAL = ("num_key_value_heads", "rms_norm_eps", "initializer_range")
+"""Keys that may be absent: OLMoE's defaults are ours (as many key/value heads as query heads)."""
+
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -130,9 +133,8 @@ def from_config_json(folder: Path, dtype: str | None) -> ModelConfig:
     for key, value in _FIXED.items():
         if content.get(key, value) != value:
             raise ModelFolderError(f"{where} {key}={content[key]!r} is not supported, only {key}={value!r}")
-    needed = [*_SHARED_KEYS.values()] + [*(_FOE_KEYS if model_type == "foe" else ())]
-    optional = {"num_key_value_heads", "initializer_range"}
-    missing = [key for key in needed if key not in content and key not in optional]
+    needed = [*_SHARED_KEYS.values(), *(_FOE_KEYS if model_type == "foe" else ())]
+    missing = [key for key in needed if content.get(key) is None and key not in _OPTIONAL]
     if missing:
         raise ModelFolderError(f"{where} {', '.join(missing)} missing: take the config.json the model was saved with")
     fields = {field: content[key] for field, key in _SHARED_KEYS.items() if content.get(key) is not None}

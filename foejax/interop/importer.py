@@ -108,7 +108,7 @@ def _rules_of(
     unexpected = [name for name in tensors if name not in expected]
     if unexpected:
         raise ModelFolderError(
-            f"{_some(unexpected)} not part of a {model_type} model of this config.json: remove them or correct it"
+            f"{_some(unexpected)} not part of the {model_type} model of this config.json: remove them or correct it"
         )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
