@@ -252,8 +252,9 @@ class CheckpointStore:
         kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no older one"
         step = int(saving.stem)
         if is_disk_full(error):
+            detail = f" ({error.strerror})" if isinstance(error, OSError) else ""  # tensorstore's is a page of paths
             return CheckpointError(
-                f"the disk is full ({_one_line(error)}): the checkpoint of step {step} was not saved under "
+                f"the disk is full{detail}: the checkpoint of step {step} was not saved under "
                 f"{self.directory}; {kept}: free some space and start the same command again"
             )
         return CheckpointError(
