@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from foejax.commands.parser import make_parser, split_overrides
 from foejax.config import ConfigError
@@ -20,13 +20,18 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
+    """Run one command and return its exit code; see `report_errors`."""
+    return report_errors(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
+
+
+def report_errors(command: Callable[[], int]) -> int:
+    """Run a command with our log on stderr and return its exit code.
 
     Whatever is wrong with the input is told in one line on stderr; FOEJAX_TRACEBACK=1 shows the traceback instead.
     """
     _show_log()
     try:
-        return _run(sys.argv[1:] if argv is None else list(argv))
+        return command()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:

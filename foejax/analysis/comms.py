@@ -6,8 +6,8 @@ The programs are lowered and compiled from shapes; no parameter is allocated and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,14 @@ DECODE_SEQUENCES = 8
 Rows = list[dict[str, Any]]
 
 
-def communication_report(config: RunConfig, devices: int = 0) -> dict[str, Rows]:
-    """Collectives of the three programs of a run, as rows of `sharding.audit.summarize`.
+Program = Literal["forward", "decode_step", "train_step"]
+PROGRAMS: tuple[Program, ...] = ("forward", "decode_step", "train_step")
+
+
+def communication_report(
+    config: RunConfig, devices: int = 0, *, programs: Sequence[Program] = PROGRAMS
+) -> dict[str, Rows]:
+    """Collectives of a run's programs, as rows of `sharding.audit.summarize`.
 
     - `forward`: logits of one micro-batch (`data.batch_size / training.gradient_accumulation` sequences of
       `data.sequence_length`), with whole parameters on every data shard, as in evaluation and prefill.
@@ -40,6 +46,7 @@ def communication_report(config: RunConfig, devices: int = 0) -> dict[str, Rows]
 
     Args:
       devices: overrides `mesh.devices`; 0 leaves it.
+      programs: which of them to compile.
 
     Raises:
       ConfigError: the mesh does not fit the devices or the model.
@@ -47,11 +54,12 @@ def communication_report(config: RunConfig, devices: int = 0) -> dict[str, Rows]
     layout = _layout(config, devices)
     serving = dataclasses.replace(layout, shard_params=False)
     model = LanguageModel.abstract(config.model, serving)
-    return {
-        "forward": summarize(audit(lower_forward(model, _micro_batch(config)), layout.mesh)),
-        "decode_step": summarize(audit(_lower_decode_step(config, model), layout.mesh)),
-        "train_step": summarize(audit(lower_train_step(config, layout), layout.mesh)),
+    lower: dict[str, Callable[[], jax.stages.Lowered]] = {
+        "forward": lambda: lower_forward(model, _micro_batch(config)),
+        "decode_step": lambda: _lower_decode_step(config, model),
+        "train_step": lambda: lower_train_step(config, layout),
     }
+    return {name: summarize(audit(lower[name](), layout.mesh)) for name in programs}
 
 
 def compare_with_formulas(config: RunConfig, report: Mapping[str, Rows], devices: int = 0) -> dict[str, Rows]:
