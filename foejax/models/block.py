@@ -82,7 +82,7 @@ class Block(nnx.Module):
             if layout.num_expert_shards > 1:
                 expert_out_SND = exchange_and_run(self.experts, h_ND, routing, layout)
             else:
-                expert_out_SND = self.experts(h_ND, routing)
+                expert_out_SND = self.experts(h_ND, routing.indices_SNk, routing.weights_SNk, routing.valid_SNk)
         return Streams(residual_ND, expert_out_SND), cache, stats, routing
 
 

@@ -47,7 +47,7 @@ class PackedSequences:
         """Causal attention inside each document."""
         segments = self.segment_ids_BT
         same = segments[:, :, None] == segments[:, None, :]
-        steps = jnp.arange(segments.shape[1])
+        steps = jnp.arange(segments.shape[1], dtype=jnp.int32)
         causal = steps[:, None] >= steps[None, :]
         rows = segments.shape
         return _attend(_rows(q_NSQK, rows), _rows(k_NSGK, rows), _rows(v_NSGK, rows), same & causal[None], q_NSQK)
@@ -87,7 +87,7 @@ class DenseCache:
 
     def write(self, layer: jax.Array, k_NSGK: jax.Array, v_NSGK: jax.Array) -> DenseCache:
         """Store each token's keys and values in the slot of its position."""
-        rows = jnp.arange(self.positions_BT.shape[0])[:, None]
+        rows = jnp.arange(self.positions_BT.shape[0], dtype=jnp.int32)[:, None]
         at = (layer, rows, self.positions_BT)
         return replace(
             self,
@@ -97,7 +97,7 @@ class DenseCache:
 
     def attend(self, layer: jax.Array, q_NSQK: jax.Array, k_NSGK: jax.Array, v_NSGK: jax.Array) -> jax.Array:
         """Attention to every slot up to the query's own position."""
-        slots = jnp.arange(self.k_LBCSGK.shape[2])
+        slots = jnp.arange(self.k_LBCSGK.shape[2], dtype=jnp.int32)
         seen = slots[None, None, :] <= self.positions_BT[:, :, None]
         return _attend(_rows(q_NSQK, self.positions_BT.shape), self.k_LBCSGK[layer], self.v_LBCSGK[layer], seen, q_NSQK)
 
@@ -111,5 +111,6 @@ def _attend(
 ) -> jax.Array:
     """Grouped-query attention with groups and heads folded together, softmax in high precision."""
     q, k, v = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (q_BTSQK, k_BCSGK, v_BCSGK))
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask_BTC[:, None])
+    with jax.numpy_dtype_promotion("standard"):  # the library's softmax dtype is found by promotion
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask_BTC[:, None])
     return out.reshape(like_NSQK.shape)

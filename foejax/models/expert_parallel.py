@@ -94,8 +94,13 @@ def _run_with_buffer(
     expert_Rk = send(jnp.take(expert_Nk, token_R, axis=0, mode="fill", fill_value=-1))
     local_Rk = expert_Rk - layout.expert_offset_local(local_experts)
     here_Rk = (expert_Rk >= 0) & (local_Rk >= 0) & (local_Rk < local_experts)
-    arrived = Routing(local_Rk[None], jnp.where(here_Rk, weights_Rk, 0.0)[None], here_Rk[None])
-    y_RD = experts(rows_RD, arrived, max_rows=capacity * min(k, local_experts))[0]
+    y_RD = experts(
+        rows_RD,
+        local_Rk[None],
+        jnp.where(here_Rk, weights_Rk, 0.0)[None],
+        here_Rk[None],
+        max_rows=capacity * min(k, local_experts),
+    )[0]
     back_PND = collect_rows(send(y_RD), row_PN, choice_R)
     return back_PND.sum(axis=0)[None]
 

@@ -14,7 +14,6 @@ from jax.ad_checkpoint import checkpoint_name
 from foejax.config import ModelConfig
 from foejax.models.layers import make_param
 from foejax.models.rows import collect_rows, plan_rows, spread_rows
-from foejax.models.router import Routing
 from pallas_kernels import grouped_matmul
 
 EXPERT_HIDDEN = "expert_hidden"
@@ -33,13 +32,24 @@ class Experts(nnx.Module):
         self.up_SEDF = make_param(rngs, init, into, (groups, experts, width, hidden), dtype)
         self.down_SEFD = make_param(rngs, init, out, (groups, experts, hidden, width), dtype)
 
-    def __call__(self, h_ND: jax.Array, routing: Routing, max_rows: int | None = None) -> jax.Array:
+    def __call__(
+        self,
+        h_ND: jax.Array,
+        indices_SNk: jax.Array,
+        weights_SNk: jax.Array,
+        valid_SNk: jax.Array,
+        *,
+        max_rows: int | None = None,
+    ) -> jax.Array:
         """Weighted sum [S, N, D] of each token's chosen experts, per group; zero where nothing was chosen.
 
-        `max_rows` bounds the number of valid choices where the caller knows a bound below S * N * k.
+        Args:
+          h_ND: normed residual, shared by the groups.
+          indices_SNk, weights_SNk, valid_SNk: choices inside each group.
+          max_rows: a bound on the number of valid choices, where the caller knows one below S * N * k.
         """
         num_experts = self.gate_SEDF[...].shape[1]
-        plan = plan_rows(routing.indices_SNk, routing.valid_SNk, num_experts, max_rows)
+        plan = plan_rows(indices_SNk, valid_SNk, num_experts, max_rows)
         row_AN = plan.row_SNk.transpose(0, 2, 1).reshape(-1, h_ND.shape[0])
         x_RD = spread_rows(h_ND, plan.token_R, row_AN)
         gate_RF = self._matmul(x_RD, self.gate_SEDF, plan.group_sizes)
@@ -47,8 +57,7 @@ class Experts(nnx.Module):
         gate_RF, up_RF = checkpoint_name((gate_RF, up_RF), EXPERT_HIDDEN)
         y_RD = self._matmul(jax.nn.silu(gate_RF) * up_RF, self.down_SEFD, plan.group_sizes)
         y_SNkD = collect_rows(y_RD, plan.row_SNk, plan.choice_R)
-        weights = routing.weights_SNk.astype(h_ND.dtype)
-        return jnp.sum(weights[..., None] * y_SNkD, axis=2)
+        return jnp.sum(weights_SNk.astype(h_ND.dtype)[..., None] * y_SNkD, axis=2)
 
     @staticmethod
     def _matmul(x: jax.Array, w_SE: nnx.Param, group_sizes: jax.Array) -> jax.Array:

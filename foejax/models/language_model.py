@@ -35,10 +35,16 @@ class RoutingTrace:
     Attributes:
       experts: int32 [L, H, N, k], expert inside the group; tokens in batch order.
       weights: [L, H, N, k], router weight of each choice; 0 where not valid.
+      margins: [L, H, N], gap between the last chosen score and the best one left out.
     """
 
     experts: jax.Array
     weights: jax.Array
+    margins: jax.Array
+
+
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+"""For programs that run once: XLA takes 10 s to optimise an initialisation that runs in milliseconds."""
 
 
 class LanguageModel(nnx.Module):
@@ -64,7 +70,8 @@ class LanguageModel(nnx.Module):
         def init(key: jax.Array) -> list[jax.Array]:
             return jax.tree.leaves(nnx.state(Transformer(config, nnx.Rngs(key))))
 
-        leaves = jax.jit(init, out_shardings=[layout.sharding(spec) for spec in specs])(key)
+        shardings = [layout.sharding(spec) for spec in specs]
+        leaves = jax.jit(init, out_shardings=shardings, compiler_options=QUICK_COMPILE)(key)
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         return cls(nnx.merge(graphdef, state), config, layout)
 
@@ -144,10 +151,10 @@ class LanguageModel(nnx.Module):
         fields = {name: jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")}
         num_tokens = fields["tokens"].size
         fields = _fit_rows(fields, layout)
-        trace_spec = PartitionSpec(*layout.group_spec(1), layout.token_axes, None)
+        trace_spec = PartitionSpec(*layout.group_spec(1), layout.token_axes)
         out_specs: Any = PartitionSpec((*layout.token_axes, *layout.slice_axes), None)
         if record_routing:
-            out_specs = (out_specs, RoutingTrace(trace_spec, trace_spec))
+            out_specs = (out_specs, RoutingTrace(trace_spec, trace_spec, trace_spec))
 
         def program(transformer: Transformer, batch: dict[str, jax.Array]) -> Any:
             output = _stack_local(transformer, batch, layout, record_routing=record_routing)
@@ -277,7 +284,7 @@ def _router_terms_local(
 
 
 def _trace(routing: Routing) -> RoutingTrace:
-    return RoutingTrace(routing.indices_SNk, routing.weights_SNk)
+    return RoutingTrace(routing.indices_SNk, routing.weights_SNk, routing.margin_SN)
 
 
 def _check_layout(config: ModelConfig, layout: Layout) -> None:

@@ -35,11 +35,14 @@ class Routing:
       indices_SNk: int32, expert inside the group.
       weights_SNk: the router's score of each choice, 0 where not valid.
       valid_SNk: False where fewer than k live experts remain or the token is inactive.
+      margin_SN: gap between the last chosen selection score and the best one not chosen; a choice with a tiny margin
+        may fall differently in another order of summation.
     """
 
     indices_SNk: jax.Array
     weights_SNk: jax.Array
     valid_SNk: jax.Array
+    margin_SN: jax.Array
 
 
 @struct.dataclass
@@ -102,7 +105,13 @@ def route(
     chosen_SNk, indices_SNk = jax.lax.top_k(selection_SNE, k)
     valid_SNk = (chosen_SNk > -jnp.inf) & active_tokens[None, :, None]
     weights_SNk = jnp.take_along_axis(scores_SNE, indices_SNk, axis=-1)
-    return Routing(indices_SNk, jnp.where(valid_SNk, weights_SNk, 0.0), valid_SNk)
+    margin_SN = chosen_SNk[..., -1] - _best_left_out(selection_SNE, indices_SNk)
+    return Routing(indices_SNk, jnp.where(valid_SNk, weights_SNk, 0.0), valid_SNk, margin_SN)
+
+
+def _best_left_out(selection_SNE: jax.Array, indices_SNk: jax.Array) -> jax.Array:
+    chosen_SNE = jax.nn.one_hot(indices_SNk, selection_SNE.shape[-1], dtype=bool).any(axis=2)
+    return jnp.max(jnp.where(chosen_SNE, -jnp.inf, selection_SNE), axis=-1)
 
 
 class Router(nnx.Module):

@@ -46,14 +46,14 @@ def plan_rows(indices_SNk: jax.Array, valid_SNk: jax.Array, num_experts: int, ma
     expert = jnp.where(valid_SNk, indices_SNk + stack, groups * num_experts).reshape(-1)
     order = jnp.argsort(expert, stable=True).astype(jnp.int32)
     row = jnp.zeros(choices, jnp.int32).at[order].set(jnp.arange(choices, dtype=jnp.int32), unique_indices=True)
-    bounds = jnp.searchsorted(expert[order], jnp.arange(groups * num_experts + 1, dtype=expert.dtype))
-    live = jnp.arange(rows) < bounds[-1]
+    bounds = jnp.searchsorted(expert[order], jnp.arange(groups * num_experts + 1, dtype=jnp.int32)).astype(jnp.int32)
+    live = jnp.arange(rows, dtype=jnp.int32) < bounds[-1]
     kept = order[:rows]
     return RowPlan(
         token_R=jnp.where(live, (kept // k) % tokens, tokens),
         choice_R=jnp.where(live, kept, choices),
         row_SNk=jnp.where(valid_SNk, row.reshape(indices_SNk.shape), rows),
-        group_sizes=jnp.diff(bounds).astype(jnp.int32),
+        group_sizes=jnp.diff(bounds),
     )
 
 

@@ -1,0 +1,86 @@
+"""One program, any binding: models on many devices equal the same models on one."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import packed_batch, relative_error, tiny_config, tiny_model
+
+from foejax.config import ModelConfig
+from foejax.models import LanguageModel, RoutingTrace
+from sharding import Layout
+
+TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+
+
+def loss_gradient_logits(model: LanguageModel, remat: str = "none") -> tuple[Any, RoutingTrace]:
+    """(loss, metrics, gradient, logits) and the routing trace, in one compiled program."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, nnx.Variable)
+    batch = packed_batch()
+
+    @jax.jit
+    def run(params: nnx.State, rest: nnx.State) -> Any:
+        def loss(params: nnx.State) -> Any:
+            return nnx.merge(graphdef, params, rest).loss(
+                batch, load_balance_coef=0.01, z_loss_coef=0.001, remat=remat
+            )
+
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        logits, trace = nnx.merge(graphdef, params, rest).logits(batch, record_routing=True)
+        return (value, metrics, gradient, logits), trace
+
+    return jax.tree.map(np.asarray, run(params, rest))
+
+
+@cache
+def on_one_device(config: ModelConfig) -> Any:
+    return loss_gradient_logits(tiny_model(config))
+
+
+def check_equal(config: ModelConfig, layout: Layout, remat: str = "none") -> None:
+    expected, expected_trace = on_one_device(config)
+    got, trace = loss_gradient_logits(tiny_model(config).with_layout(layout), remat)
+    margin = expected_trace.margins.min()
+    flips = int((trace.experts != expected_trace.experts).sum())
+    print(f"smallest router margin {margin:.3e}, flipped choices {flips}")
+    assert flips == 0, f"{flips} choices flipped; the smallest router margin is {margin:.3e}"
+    assert relative_error(got, expected) <= TOLERANCE[config.dtype]
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected[2])), "a parameter without gradient"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_foe_sharded_equals_unsharded(groups: int, devices: int, dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        config = tiny_config(num_groups=groups, dtype=dtype, num_layers=2)
+        check_equal(config, Layout.create("foe", num_groups=groups, num_devices=devices))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "remat", "dtype"),
+    [
+        ("ep", {"expert": 8, "data": 1}, "none", "float64"),
+        ("ep", {"expert": 8, "data": 1}, "full", "float32"),
+        ("ep", {"expert": 4, "data": 2}, "dots", "float64"),
+        ("foe", {"group": 4, "data": 2}, "full", "float64"),
+        ("foe", {"group": 2, "data": 4}, "dots", "float32"),
+    ],
+)
+def test_layouts_and_remat_policies(kind: str, sizes: dict[str, int], remat: str, dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        groups = 8 if kind == "foe" else 1
+        config = tiny_config(num_groups=groups, dtype=dtype, num_layers=2)
+        layout = Layout.create(kind, num_groups=groups, num_experts=config.num_experts, **sizes)
+        check_equal(config, layout, remat)
+
+
+@pytest.mark.parametrize("options", [{"merge_scale": "sum"}, {"router_score": "sigmoid"}, {"router_scope": "group"}])
+def test_options_are_independent_of_the_binding(options: dict[str, str]) -> None:
+    config = tiny_config(num_layers=2, embedding_scale=0.5, **options)
+    check_equal(config, Layout.create("foe", num_groups=8, num_devices=8))
