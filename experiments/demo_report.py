@@ -19,6 +19,7 @@ ALLOWED_DIFFERENCE = 0.03
 SMOOTHED_SHARE = 0.02
 """Width of the running mean of the plotted training loss, as a share of the run."""
 NAMES = {"foe": "Federation of Experts", "moe": "mixture of experts"}
+SHORT_NAMES = {"foe": "FoE", "moe": "MoE"}
 
 
 def summarise(
@@ -102,17 +103,20 @@ def plot_losses(run_dirs: Mapping[str, Path], bigram_loss: float, path: Path) ->
 def print_table(summary: Mapping[str, Any]) -> None:
     """One table with a column a model, then the verdict and a sample of each."""
     console = Console(soft_wrap=True)
-    table = Table(title=f"{summary['steps']} steps of {summary['tokens_per_step']:,} tokens on {summary['devices']} devices")
-    table.add_column("")
+    title = (
+        f"{summary['steps']} steps of {summary['tokens_per_step']:,} tokens on {summary['devices']} simulated devices"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
     for name in NAMES:
-        table.add_column(NAMES[name], justify="right")
+        table.add_column(SHORT_NAMES[name], justify="right")
     table.add_column("bigram", justify="right")
     baseline = summary["bigram"]
     rows = [
         ("parameters", lambda model: f"{model['parameters']:,}", ""),
         ("active per token", lambda model: f"{model['active_parameters']:,}", ""),
         ("layout", lambda model: _layout_text(model), ""),
-        ("train loss (nats/token)", lambda model: f"{model['train_loss']:.4f}", ""),
+        ("train loss (nats per token)", lambda model: f"{model['train_loss']:.4f}", ""),
         ("validation loss", lambda model: f"{model['validation_loss']:.4f}", f"{baseline['loss']:.4f}"),
         (
             "validation bits per byte",

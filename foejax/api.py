@@ -13,7 +13,7 @@ from flax import nnx
 
 from foejax.config import ConfigError, DataConfig, MeshConfig, ModelConfig, RunConfig, load_config, override_config
 from foejax.data import Tokenizer, open_dataset
-from foejax.evaluation.evaluate import EvalResult, evaluate
+from foejax.evaluation.evaluate import EvalResult, evaluate, split_model
 from foejax.interop import ModelType, export_model, import_config, import_model, import_tokenizer_path
 from foejax.models import LanguageModel
 from foejax.training.checkpoint import CheckpointStore, check_architecture
@@ -204,11 +204,13 @@ def import_folder(source: str | Path, run_dir: str | Path, overrides: dict[str, 
     if run_dir.exists() and any(run_dir.iterdir()):
         raise ConfigError(f"{run_dir} is not empty: choose another folder for the imported run")
     tokenizer = Tokenizer.from_file(import_tokenizer_path(source))
-    config = override_config(_read_exported(source), {"data.tokenizer": str(run_dir / TOKENIZER), **(overrides or {})})
+    config = override_config(
+        _read_exported(source), {"data.tokenizer": str((run_dir / TOKENIZER).absolute()), **(overrides or {})}
+    )
     check_architecture(import_config(source).model_dump(), config.model, source)
     model = import_model(source, make_layout(config.model, config.mesh))
     run_dir.mkdir(parents=True, exist_ok=True)
-    _, params, router_state = nnx.split(model, nnx.Param, nnx.Variable)
+    _, params, router_state = split_model(model)
     key = jax.random.split(jax.random.key(config.training.seed))[1]
     state = create_train_state(params, router_state, make_optimizer(config.training), key, model.layout.mesh)
     store = CheckpointStore(run_dir / CHECKPOINTS)
@@ -239,7 +241,7 @@ def _read_exported(folder: Path) -> RunConfig:
 
 
 def _restore(folder: Path, config: ModelConfig, layout: Layout) -> tuple[LanguageModel, int]:
-    graphdef, params, router_state = nnx.split(LanguageModel.abstract(config, layout), nnx.Param, nnx.Variable)
+    graphdef, params, router_state = split_model(LanguageModel.abstract(config, layout))
     store = CheckpointStore(folder / CHECKPOINTS)
     try:
         params, router_state, step = store.restore_model(params, router_state, config)

@@ -43,4 +43,3 @@ def simulate_devices(count: int) -> None:
             f"devices={count} cannot be simulated: JAX has started with {available} already; "
             "call simulate_devices before any other use of JAX"
         )
-

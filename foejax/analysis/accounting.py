@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from foejax.config import ModelConfig, RunConfig
+from foejax.evaluation.evaluate import split_model
 from foejax.models import LanguageModel
 from foejax.training.optimizer import make_optimizer, parameter_name
 from foejax.training.step import abstract_train_state
@@ -175,7 +176,12 @@ def activation_bytes(config: RunConfig, layout: Layout) -> int:
     sequence = config.data.sequence_length
     micro_batch = config.data.batch_size / config.training.gradient_accumulation
     tokens = micro_batch * sequence / layout.num_token_shards
-    streams, width, hidden, head = model.num_groups / sizes.group, model.hidden_size, model.expert_hidden_size, model.head_dim
+    streams, width, hidden, head = (
+        model.num_groups / sizes.group,
+        model.hidden_size,
+        model.expert_hidden_size,
+        model.head_dim,
+    )
     q, g, k = (n / sizes.group for n in (model.num_query_heads, model.num_kv_heads, model.experts_per_token))
     elements = (streams + 2) * width
     if config.training.remat != "full":
@@ -196,7 +202,7 @@ def shard_bytes(leaves: Iterable[Any]) -> int:
 
 
 def _device_memory(model: LanguageModel, config: RunConfig, layout: Layout) -> DeviceMemory:
-    _, params, router_state = nnx.split(model, nnx.Param, nnx.Variable)
+    _, params, router_state = split_model(model)
     optimizer = make_optimizer(config.training)
     state = abstract_train_state(params, router_state, optimizer, layout.mesh)
     weights = shard_bytes(jax.tree.leaves(state.params))

@@ -15,7 +15,7 @@ from flax import nnx
 
 from foejax.config import RunConfig
 from foejax.decoding import lower_decode_step
-from foejax.evaluation.evaluate import model_loss
+from foejax.evaluation.evaluate import model_loss, split_model
 from foejax.models import LanguageModel
 from foejax.training.optimizer import learning_rate_schedule, make_optimizer
 from foejax.training.run import make_layout
@@ -94,7 +94,7 @@ def lower_train_step(config: RunConfig, layout: Layout) -> jax.stages.Lowered:
     """One optimizer step as `train` compiles it, lowered from shapes."""
     training = config.training
     model = LanguageModel.abstract(config.model, layout)
-    graphdef, params, router_state = nnx.split(model, nnx.Param, nnx.Variable)
+    graphdef, params, router_state = split_model(model)
     optimizer = make_optimizer(training)
     state = abstract_train_state(params, router_state, optimizer, layout.mesh)
     loss = model_loss(

