@@ -1,0 +1,100 @@
+"""Parameters, FLOPs and memory from shapes; the big configs are never allocated."""
+
+from __future__ import annotations
+
+import pytest
+
+from foejax.analysis.accounting import account, activation_bytes, flops_per_token
+from foejax.config import RunConfig, load_config, override_config
+from foejax.training.run import make_layout
+from sharding import Layout
+
+SIZES = ("tiny", "1b", "7b")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active"),
+    [("foe_1b", 1.022, 0.229), ("moe_1b", 1.022, 0.229), ("foe_7b", 6.852, 1.215), ("moe_7b", 6.852, 1.215)],
+)
+def test_big_models_have_the_papers_size(name: str, billions: float, active: float) -> None:
+    """Table 8 of arXiv 2605.06206 gives 1.02 B and 6.85 B; spec/foe.md section 3 works them out."""
+    found = account(load_config(name), Layout.single_device("foe"))
+    assert round(found.parameters / 1e9, 3) == billions
+    assert round(found.active_parameters / 1e9, 3) == active
+
+
+@pytest.mark.parametrize(("size", "layers", "width"), [("1b", 16, 768), ("7b", 16, 2048)])
+def test_foe_adds_the_input_norms_of_the_other_groups_and_nothing_else(size: str, layers: int, width: int) -> None:
+    foe, moe = (account(load_config(f"{kind}_{size}"), Layout.single_device("foe")) for kind in ("foe", "moe"))
+    assert foe.parameters - moe.parameters == (8 - 1) * layers * width
+    assert foe.parameters_by_part["norms"] - moe.parameters_by_part["norms"] == (8 - 1) * layers * width
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_matched_configs_differ_in_groups_and_layout_only(size: str) -> None:
+    foe, moe = (load_config(f"{kind}_{size}").model_dump() for kind in ("foe", "moe"))
+    assert moe["model"].pop("num_groups") == 1
+    assert foe["model"].pop("num_groups") > 1
+    for section in ("model", "data", "training"):
+        assert foe[section] == moe[section]
+
+
+@pytest.mark.parametrize("name", ["foe_1b", "moe_7b", "foe_tiny"])
+def test_matmul_flops_are_twice_the_active_weights(name: str) -> None:
+    config = load_config(name)
+    found = account(config, Layout.single_device("foe"))
+    weights = found.active_parameters - found.parameters_by_part["embedding"] - found.parameters_by_part["norms"]
+    assert found.flops.forward - found.flops.attention == 2 * weights
+
+
+def test_attention_flops_grow_with_the_sequence() -> None:
+    model = load_config("foe_7b").model
+    # 16 layers; scores and values are 2 x 2 FLOPs for each of 16 heads x 128 and each of (T + 1) / 2 keys.
+    assert flops_per_token(model, 1).attention == 16 * 4 * 16 * 128
+    assert flops_per_token(model, 2047).attention == 16 * 4 * 16 * 128 * 1024
+
+
+def test_one_device_holds_sixteen_bytes_a_parameter() -> None:
+    found = account(load_config("moe_1b"), Layout.single_device("ep"))
+    memory = found.memory
+    scalars = memory.optimizer - 8 * found.parameters  # step counters of the optimizer
+    assert 0 < scalars < 100
+    bias = memory.parameters - 4 * found.parameters  # selection bias of the router, [16, 64] float32
+    assert bias == 16 * 64 * 4
+    assert memory.gradients == 4 * found.parameters
+
+
+def test_eight_devices_hold_their_groups_and_what_is_shared() -> None:
+    config = load_config("foe_1b")
+    memory = account(config, make_layout(config.model, config.mesh)).memory
+    parts = account(config, Layout.single_device("foe")).parameters_by_part
+    shared_norms = (16 + 1) * 768  # one post-attention norm a layer and the last one
+    shared = parts["embedding"] + parts["router"] + shared_norms
+    assert memory.gradients == 4 * (shared + (sum(parts.values()) - shared) / 8)
+
+
+def test_data_shards_split_the_parameters() -> None:
+    config = override_config(load_config("moe_1b"), {"mesh.layout": "fsdp"})
+    whole = account(config, Layout.single_device("fsdp")).memory.gradients
+    shard = account(config, make_layout(config.model, config.mesh)).memory.gradients
+    assert whole / 8 < shard < whole / 7.9  # norms stay whole
+
+
+def test_flops_of_a_step_divide_over_the_devices_but_for_the_router() -> None:
+    config = load_config("foe_1b")
+    one = account(config, Layout.single_device("foe"))
+    eight = account(config, make_layout(config.model, config.mesh))
+    assert one.step_flops_per_device == one.step_tokens * one.flops.training
+    extra = 3 * one.step_tokens * one.flops.router * (1 - 1 / 8)
+    assert eight.step_flops_per_device == pytest.approx(one.step_flops_per_device / 8 + extra)
+
+
+def test_remat_and_fewer_streams_keep_less() -> None:
+    def kept(name: str, remat: str) -> int:
+        config: RunConfig = override_config(load_config(name), {"training.remat": remat})
+        return activation_bytes(config, Layout.single_device("foe"))
+
+    assert kept("foe_1b", "full") < kept("foe_1b", "dots") < kept("foe_1b", "none")
+    logits = 2 * 2048 * 50304 * 4
+    # Full remat keeps H + 2 arrays of the residual's size a layer: 10 for FoE with 8 groups, 3 for the MoE.
+    assert (kept("foe_1b", "full") - logits) / (kept("moe_1b", "full") - logits) == pytest.approx(10 / 3)
