@@ -53,8 +53,14 @@ class Layout:
         expert: int = 0,
         shard_params: bool = True,
     ) -> Layout:
-        """Plan and make the mesh for a layout over `num_devices` devices (0: all there are); see `plan_mesh`."""
-        num_devices = num_devices or (data * group * expert) or len(jax.devices())
+        """Plan and make the mesh for a layout; see `plan_mesh`.
+
+        With `num_devices` at 0 the axes given decide, or, where they leave it open, all devices there are.
+        """
+        if not num_devices:
+            given = max(data, 1) * max(group, 1) * max(expert, 1)
+            needed = {"foe": data and group, "ep": data and expert, "fsdp": data}[kind]
+            num_devices = given if needed else len(jax.devices())
         sizes = plan_mesh(
             kind, num_devices, num_groups=num_groups, num_experts=num_experts, data=data, group=group, expert=expert
         )

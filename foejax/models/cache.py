@@ -111,6 +111,18 @@ def _attend(
 ) -> jax.Array:
     """Grouped-query attention with groups and heads folded together, softmax in high precision."""
     q, k, v = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (q_BTSQK, k_BCSGK, v_BCSGK))
-    with jax.numpy_dtype_promotion("standard"):  # the library's softmax dtype is found by promotion
+    if q.dtype == jnp.float64:
+        return _attend_float64(q, k, v, mask_BTC).reshape(like_NSQK.shape)
+    with jax.numpy_dtype_promotion("standard"):  # the library finds its softmax dtype by promotion
         out = jax.nn.dot_product_attention(q, k, v, mask=mask_BTC[:, None])
     return out.reshape(like_NSQK.shape)
+
+
+def _attend_float64(q_BTAK: jax.Array, k_BCGK: jax.Array, v_BCGK: jax.Array, mask_BTC: jax.Array) -> jax.Array:
+    """Attention wholly in float64; the library's softmax is float32 whatever its inputs. A: all query heads."""
+    batch, steps, heads, size = q_BTAK.shape
+    q_BTGQK = q_BTAK.reshape(batch, steps, k_BCGK.shape[2], -1, size)
+    logits_BGQTC = jnp.einsum("btgqk,bcgk->bgqtc", q_BTGQK, k_BCGK) * size**-0.5
+    logits_BGQTC = jnp.where(mask_BTC[:, None, None], logits_BGQTC, -jnp.inf)
+    out_BTGQK = jnp.einsum("bgqtc,bcgk->btgqk", jax.nn.softmax(logits_BGQTC, axis=-1), v_BCGK)
+    return out_BTGQK.reshape(batch, steps, heads, size)
