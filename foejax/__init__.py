@@ -6,7 +6,7 @@
     config = foejax.load_config("foe_tiny", {"training.num_steps": 100})
     result = foejax.train(config, "runs/first")
     loaded = foejax.load("runs/first")
-    print(loaded.generate("To be, or", max_new_tokens=40))
+    print(loaded.generate("To be, or", max_new_tokens=40)[0])
 
 Names are imported when they are first used, so that `simulate_devices` can come before JAX.
 """

@@ -269,6 +269,7 @@ def load_config(source: str | Path, overrides: dict[str, Any] | None = None) -> 
     Args:
       source: a path, or the name of a packaged config such as `foe_tiny`.
       overrides: e.g. `{"model.num_groups": 4, "training.num_steps": 40}`; string values are read as YAML scalars.
+        The file's warm-up and decay stretch with an overridden `training.num_steps`, unless they are overridden too.
 
     Raises:
       ConfigError: missing file, unknown key or impossible combination, in one sentence.
@@ -280,7 +281,8 @@ def load_config(source: str | Path, overrides: dict[str, Any] | None = None) -> 
         raise ConfigError(f"{path.name} is not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path.name} holds a {type(values).__name__}: a config is a mapping of sections")
-    return parse_config(_with_overrides(values, overrides or {}))
+    overrides = overrides or {}
+    return parse_config(_with_overrides(values, _stretched_schedule(values, overrides) | overrides))
 
 
 def parse_config(values: dict[str, Any]) -> RunConfig:
@@ -312,6 +314,20 @@ def _with_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[s
             raise ConfigError(f"section {section!r} is not a mapping: it cannot take {dotted}={value}")
         entry[field] = _read_scalar(dotted, value)
     return values
+
+
+def _stretched_schedule(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides that keep the shape of a file's learning-rate schedule under another number of steps."""
+    section = values.get("training") or {}
+    num_steps = _read_scalar("training.num_steps", overrides.get("training.num_steps"))
+    schedule = {
+        name: section.get(name, TrainingConfig.model_fields[name].default) if isinstance(section, dict) else None
+        for name in ("num_steps", "warmup_steps", "decay_start_step")
+    }
+    if not all(isinstance(value, int) for value in (num_steps, *schedule.values())) or schedule["num_steps"] <= 0:
+        return {}  # what is wrong with them is found when the config is validated
+    planned = schedule.pop("num_steps")
+    return {f"training.{name}": step * num_steps // planned for name, step in schedule.items() if num_steps > 0}
 
 
 def _read_scalar(field: str, value: Any) -> Any:

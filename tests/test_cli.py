@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import yaml
 from flax import nnx
 
 import foejax
@@ -211,6 +212,26 @@ def test_config_prints_what_it_reads(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "num_steps: 1234" in printed
     (tmp_path / "copy.yaml").write_text(printed, encoding="utf-8")
     assert foejax.load_config(tmp_path / "copy.yaml") == foejax.load_config("foe_tiny", {"training.num_steps": 1234})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], (400, 40, 300)),
+        (["--training.num_steps", "20"], (20, 2, 15)),
+        (["--training.num_steps", "40", "--training.warmup_steps=1"], (40, 1, 30)),
+        (["--training.num_steps", "40", "--training.decay_start_step=40"], (40, 4, 40)),
+        (["--training.warmup_steps", "10"], (400, 10, 300)),
+    ],
+)
+def test_schedule_of_the_file_stretches_with_the_steps(
+    overrides: list[str], expected: tuple[int, int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "training: {num_steps: 400, warmup_steps: 40, decay_start_step: 300}"
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    assert main(["config", str(tmp_path / "run.yaml"), *overrides]) == 0
+    training = yaml.safe_load(capsys.readouterr().out)["training"]
+    assert (training["num_steps"], training["warmup_steps"], training["decay_start_step"]) == expected
 
 
 # Programs in numbers.
