@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from foejax.commands.parser import make_parser, split_overrides
 from foejax.config import ConfigError
+from foejax.devices import avoid_broken_reductions, simulate_devices
 
 EXIT_ERROR = 2
 EXIT_NON_FINITE = 3
@@ -47,9 +48,8 @@ def _run(argv: list[str]) -> int:
     options = make_parser().parse_args(arguments)
     if overrides and not options.takes_overrides:
         raise ConfigError(f"--{next(iter(overrides))}: `foejax {options.command}` takes no config overrides")
+    avoid_broken_reductions()
     if getattr(options, "devices", None):
-        from foejax.devices import simulate_devices
-
         simulate_devices(options.devices)
     return options.run(options, overrides) or 0
 

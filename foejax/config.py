@@ -318,16 +318,14 @@ def _with_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[s
 
 def _stretched_schedule(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Overrides that keep the shape of a file's learning-rate schedule under another number of steps."""
-    section = values.get("training") or {}
+    section = values.get("training")
+    section = section if isinstance(section, dict) else {}
     num_steps = _read_scalar("training.num_steps", overrides.get("training.num_steps"))
-    schedule = {
-        name: section.get(name, TrainingConfig.model_fields[name].default) if isinstance(section, dict) else None
-        for name in ("num_steps", "warmup_steps", "decay_start_step")
-    }
-    if not all(isinstance(value, int) for value in (num_steps, *schedule.values())) or schedule["num_steps"] <= 0:
+    names = ("num_steps", "warmup_steps", "decay_start_step")
+    planned, *steps = (section.get(name, TrainingConfig.model_fields[name].default) for name in names)
+    if not all(isinstance(value, int) and value >= 0 for value in (num_steps, planned, *steps)) or not planned:
         return {}  # what is wrong with them is found when the config is validated
-    planned = schedule.pop("num_steps")
-    return {f"training.{name}": step * num_steps // planned for name, step in schedule.items() if num_steps > 0}
+    return {f"training.{name}": step * num_steps // planned for name, step in zip(names[1:], steps, strict=True)}
 
 
 def _read_scalar(field: str, value: Any) -> Any:

@@ -5,6 +5,7 @@ The one place that decides which devices JAX starts with; it must run before JAX
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import sys
@@ -17,6 +18,18 @@ _PATIENCE = {
     "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
 }
 
+# With several simulated devices the reductions that XLA of jaxlib 0.11 hands to YNNPACK return garbage and NaN, other
+# ones in every run. No fusion type: XLA's own code, as in jaxlib 0.10.
+_BROKEN_REDUCTIONS_JAXLIB, _OWN_REDUCTIONS = "0.11.", "--xla_cpu_experimental_ynn_fusion_type="
+
+
+def avoid_broken_reductions() -> None:
+    """Keep jaxlib 0.11 on CPU from reductions that are wrong with several devices; before JAX's first backend."""
+    given = os.environ.get("XLA_FLAGS", "")
+    is_broken = importlib.metadata.version("jaxlib").startswith(_BROKEN_REDUCTIONS_JAXLIB)
+    if is_broken and _OWN_REDUCTIONS not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {_OWN_REDUCTIONS}".strip()
+
 
 def simulate_devices(count: int) -> None:
     """Make JAX see `count` CPU devices.
@@ -28,6 +41,7 @@ def simulate_devices(count: int) -> None:
     """
     if count < 1:
         raise ValueError(f"devices={count} is not a number of devices: choose at least 1")
+    avoid_broken_reductions()
     given = re.sub(rf"{_COUNT_FLAG}=\d+", "", os.environ.get("XLA_FLAGS", ""))
     flags = {_COUNT_FLAG: count} | {name: seconds for name, seconds in _PATIENCE.items() if name not in given}
     os.environ["XLA_FLAGS"] = " ".join([*given.split(), *(f"{name}={value}" for name, value in flags.items())])

@@ -124,8 +124,8 @@ def _add_train(commands: Any) -> None:
         "examples:\n"
         "  foejax train foe_tiny --run-dir runs/first --devices 8\n"
         "  foejax train moe_tiny --mesh.layout fsdp --data.corpus ~/texts --training.checkpoint_every=50\n\n"
-        "Any field of the config can be set as --SECTION.FIELD VALUE. --training.num_steps stretches the file's warm-up\n"
-        "and decay with it, unless --training.warmup_steps and --training.decay_start_step are given too.\n\n"
+        "Any field of the config can be set as --SECTION.FIELD VALUE. --training.num_steps stretches the file's\n"
+        "warm-up and decay with it, unless --training.warmup_steps and --training.decay_start_step are given too.\n\n"
         + describe_fields(),
         overrides=True,
     )
