@@ -22,6 +22,7 @@ from foejax.cli import main
 from foejax.commands.fields import describe_fields
 from foejax.commands.parser import split_overrides
 from foejax.config import ConfigError, RunConfig
+from foejax.devices import avoid_broken_reductions
 from foejax.training.errors import NonFiniteLoss, Preempted
 from foejax.training.run import open_run
 
@@ -167,6 +168,44 @@ def test_our_own_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("foejax.training.loop.train", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["train", "foe_tiny"])
+
+
+# Devices.
+
+
+@pytest.mark.parametrize(
+    ("jaxlib", "given", "expected"),
+    [
+        ("0.11.2", "", "--xla_cpu_experimental_ynn_fusion_type="),
+        ("0.11.2", "--a=1", "--a=1 --xla_cpu_experimental_ynn_fusion_type="),
+        ("0.11.2", "--xla_cpu_experimental_ynn_fusion_type=X", "--xla_cpu_experimental_ynn_fusion_type=X"),
+        ("0.10.2", "--a=1", "--a=1"),  # later and earlier releases may not know the flag and would abort on it
+        ("0.12.0", "--a=1", "--a=1"),
+    ],
+)
+def test_broken_reductions_are_avoided(jaxlib: str, given: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: jaxlib)
+    monkeypatch.setenv("XLA_FLAGS", given)
+    avoid_broken_reductions()
+    assert os.environ["XLA_FLAGS"] == expected
+
+
+def test_simulated_devices_compute_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With YNNPACK's reductions the logits of this size are NaN or differ between calls (jaxlib 0.11.2, CPU)."""
+    monkeypatch.delenv("XLA_FLAGS")
+    code = """
+import foejax
+foejax.simulate_devices(8)
+import jax, numpy as np
+model = foejax.build(foejax.load_config("foe_tiny", {"model.dtype": "float32", "model.num_layers": 1}))
+positions = np.broadcast_to(np.arange(256, dtype=np.int32), (16, 256))
+batch = {"tokens": positions, "positions": positions, "segment_ids": np.ones_like(positions)}
+logits = jax.jit(model.logits)
+first, second = np.asarray(logits(batch)), np.asarray(logits(batch))
+assert np.isfinite(first).all() and (first == second).all()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 # Help.
