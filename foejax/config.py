@@ -363,6 +363,6 @@ def _known_fields(location: tuple[Any, ...]) -> list[str]:
     fields = RunConfig.model_fields
     for part in location:
         section = fields[str(part)].annotation
-        assert section is not None and issubclass(section, BaseModel)
+        assert isinstance(section, type) and issubclass(section, BaseModel)
         fields = section.model_fields
     return list(fields)

@@ -30,15 +30,11 @@ def gather_param_local(shard: jax.Array, axis: str, dim: int, dtype: jnp.dtype) 
     return lax.all_gather(shard.astype(dtype), axis, axis=dim, tiled=True)
 
 
-def _gather_param_fwd(
-    shard: jax.Array, axis: str, dim: int, dtype: jnp.dtype
-) -> tuple[jax.Array, tuple[jax.typing.DTypeLike]]:
+def _gather_param_fwd(shard: jax.Array, axis: str, dim: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return gather_param_local(shard, axis, dim, dtype), jnp.zeros((), shard.dtype)
 
 
-def _gather_param_bwd(
-    axis: str, dim: int, dtype: jnp.dtype, like: jax.Array, grad: jax.Array
-) -> tuple[jax.Array]:
+def _gather_param_bwd(axis: str, dim: int, dtype: jnp.dtype, like: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
     return (lax.psum_scatter(grad.astype(like.dtype), axis, scatter_dimension=dim, tiled=True),)
 
 

@@ -126,6 +126,11 @@ class Layout:
         """Partition of an array whose dimension number `leading` runs over the groups."""
         return PartitionSpec(*(None,) * leading, GROUP)
 
+    @property
+    def logits_spec(self) -> PartitionSpec:
+        """Partition of logits [B, V] of which every device computes its part of the vocabulary."""
+        return self.batch_spec(GROUP)
+
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """`spec` on this mesh."""
         return NamedSharding(self.mesh, spec)

@@ -18,6 +18,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     [_given, *(f"--{name}={value}" for name, value in _XLA_FLAGS.items() if name not in _given)]
 ).strip()
 
+from foejax.devices import avoid_broken_reductions  # noqa: E402
+
+avoid_broken_reductions()
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402

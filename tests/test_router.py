@@ -56,7 +56,7 @@ def test_logit_bias_steers_and_enters_the_weight() -> None:
 
 def test_select_fn_takes_experts_out_and_valid_says_so() -> None:
     def only_first_two_then_none(scores: jax.Array, active: jax.Array) -> jax.Array:
-        keep = jnp.arange(4) < jnp.where(jnp.arange(5) == 4, 0, 1)[:, None]
+        keep = jnp.arange(4)[None, :] < jnp.where(jnp.arange(5) == 4, 0, 1)[:, None]
         return jnp.where(keep[None], scores, -jnp.inf)
 
     routing = route(logits(), 2, select_fn=only_first_two_then_none)

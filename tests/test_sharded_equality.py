@@ -26,9 +26,7 @@ def loss_gradient_logits(model: LanguageModel, remat: str = "none") -> tuple[Any
     @jax.jit
     def run(params: nnx.State, rest: nnx.State) -> Any:
         def loss(params: nnx.State) -> Any:
-            return nnx.merge(graphdef, params, rest).loss(
-                batch, load_balance_coef=0.01, z_loss_coef=0.001, remat=remat
-            )
+            return nnx.merge(graphdef, params, rest).loss(batch, load_balance_coef=0.01, z_loss_coef=0.001, remat=remat)
 
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         logits, trace = nnx.merge(graphdef, params, rest).logits(batch, record_routing=True)

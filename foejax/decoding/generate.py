@@ -83,8 +83,9 @@ def generate(
         sampling=sampling,
         stop_tokens=tuple(int(token) for token in stop_tokens),
     )
-    tokens, counts = np.asarray(tokens), np.asarray(counts)
-    return [tokens[row, : counts[row]].tolist() for row in range(len(prompts))]
+    return [row[:count].tolist() for row, count in zip(np.asarray(tokens), np.asarray(counts), strict=True)][
+        : len(prompts)
+    ]
 
 
 @partial(jax.jit, static_argnames=("graphdef", "layout", "max_new_tokens", "sampling", "stop_tokens"))
@@ -110,14 +111,15 @@ def _decode_loop(
 
         def draw(logits: jax.Array, step: jax.Array) -> jax.Array:
             step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(jax.random.wrap_key_data(keys), step)
-            return sample(logits, step_keys, sampling)
+            return sample(layout.gather_vocab_local(logits, dim=1), step_keys, sampling)
 
         def append(token: jax.Array, step: jax.Array, live: jax.Array, out: jax.Array, counts: jax.Array):  # type: ignore[no-untyped-def]
             out = out.at[:, step].set(jnp.where(live, token, 0))
             counts = counts + live.astype(jnp.int32)
-            stopped = jnp.any(token[:, None] == jnp.asarray(stop_tokens, jnp.int32)[None, :], axis=1)
             full = lengths + step + 1 >= transformer.config.max_seq_len
-            live = live & ~stopped & ~full
+            live = live & ~full
+            if stop_tokens:  # XLA on CPU crashes on a reduction over no stop tokens at all
+                live &= jnp.all(token[:, None] != jnp.asarray(stop_tokens, jnp.int32)[None, :], axis=1)
             return live, out, counts, layout.max_over_all_local(jnp.any(live).astype(jnp.int32))
 
         def body(carry):  # type: ignore[no-untyped-def]
@@ -139,10 +141,10 @@ def _decode_loop(
         final = jax.lax.while_loop(unfinished, body, (first + 1, token, live, out, counts, more, cache))
         return layout.agree_local(final[3]), layout.agree_local(final[4])
 
-    in_specs = (cache_specs(layout), layout.batch_spec(None), rows, rows, layout.batch_spec(None))
-    return run_on_mesh(
-        nnx.merge(graphdef, state), layout, program, in_specs, (layout.batch_spec(None), rows)
-    )((cache, logits_BV, lengths_B, live_B, keys_B2))
+    in_specs = (cache_specs(layout), layout.logits_spec, rows, rows, layout.batch_spec(None))
+    return run_on_mesh(nnx.merge(graphdef, state), layout, program, in_specs, (layout.batch_spec(None), rows))(
+        (cache, logits_BV, lengths_B, live_B, keys_B2)
+    )
 
 
 def _bucket(length: int, limit: int) -> int:

@@ -60,7 +60,7 @@ def lower_decode_step(model: LanguageModel, batch_size: int, *, slots: int | Non
     )
     specs = cache_specs(layout)
 
-    def abstract(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    def abstract(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(spec))
 
     cache = DenseCache(
@@ -72,10 +72,11 @@ def lower_decode_step(model: LanguageModel, batch_size: int, *, slots: int | Non
     return _decode_step.lower(state, cache, tokens_B, tokens_B, graphdef=graphdef, layout=layout)
 
 
-def cache_specs(layout: Layout) -> DenseCache:
-    """Partitions of a cache: sequences over the token shards, heads over the groups."""
-    kv = PartitionSpec(None, layout.token_axes, *layout.group_spec(1))
-    return DenseCache(kv, kv, layout.batch_spec(None))
+def cache_specs(layout: Layout) -> Any:
+    """Partitions of a cache, as a DenseCache: sequences over the token shards, heads over the groups."""
+    kv: Any = PartitionSpec(None, layout.token_axes, *layout.group_spec(1))
+    positions: Any = layout.batch_spec(None)
+    return DenseCache(kv, kv, positions)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "layout", "slots"))
@@ -88,12 +89,11 @@ def _prefill(
     layout: Layout,
     slots: int,
 ) -> tuple[DenseCache, jax.Array]:
-    def program(
-        transformer: Transformer, inputs: tuple[jax.Array, jax.Array]
-    ) -> tuple[DenseCache, jax.Array]:
+    def program(transformer: Transformer, inputs: tuple[jax.Array, jax.Array]) -> tuple[DenseCache, jax.Array]:
         tokens, lengths = (layout.vary_local(x) for x in inputs)
         config = transformer.config
         batch, length = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
         cache = DenseCache.empty(
             num_layers=config.num_layers,
             batch=batch,
@@ -103,19 +103,20 @@ def _prefill(
             head_dim=config.head_dim,
             dtype=config.dtype,
         )
-        positions = layout.vary_local(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape))
-        cache = jax.tree.map(layout.vary_local, cache).at(positions)
+        cache = jax.tree.map(layout.vary_local, cache.at(positions))
         active = positions < lengths[:, None]
         rows = jnp.arange(batch, dtype=jnp.int32) * length + lengths - 1
-        cache, logits = run_cached_local(transformer, tokens, positions, cache, layout, active=active, rows=rows)
-        return cache_out_local(cache, layout), layout.agree_local(logits)
+        cache, logits = run_cached_local(
+            transformer, tokens, layout.vary_local(positions), cache, layout, active=active, rows=rows
+        )
+        return cache.at(positions), logits
 
     return run_on_mesh(
         nnx.merge(graphdef, state),
         layout,
         program,
         (layout.batch_spec(None), layout.batch_spec()),
-        (cache_specs(layout), layout.batch_spec(None)),
+        (cache_specs(layout), layout.logits_spec),
     )((tokens_BT, lengths_B))
 
 
@@ -134,21 +135,21 @@ def _decode_step(
     ) -> tuple[DenseCache, jax.Array]:
         cache, tokens, positions = jax.tree.map(layout.vary_local, inputs)
         cache, logits = step_local(transformer, cache, tokens, positions, layout)
-        return cache_out_local(cache, layout), layout.agree_local(logits)
+        return cache.at(inputs[2][:, None]), logits
 
     return run_on_mesh(
         nnx.merge(graphdef, state),
         layout,
         program,
         (cache_specs(layout), layout.batch_spec(), layout.batch_spec()),
-        (cache_specs(layout), layout.batch_spec(None)),
+        (cache_specs(layout), layout.logits_spec),
     )((cache, tokens_B, positions_B))
 
 
 def step_local(
     transformer: Transformer, cache: DenseCache, tokens_B: jax.Array, positions_B: jax.Array, layout: Layout
 ) -> tuple[DenseCache, jax.Array]:
-    """One token per local sequence: the cache with it written, and the logits [B, V] after it."""
+    """One token per local sequence: the cache with it written, and this device's part of the logits after it."""
     positions = positions_B[:, None]
     rows = jnp.arange(tokens_B.shape[0], dtype=jnp.int32)
     return run_cached_local(
@@ -172,18 +173,13 @@ def run_cached_local(
     active: jax.Array,
     rows: jax.Array,
 ) -> tuple[DenseCache, jax.Array]:
-    """Run tokens through the stack against a cache; logits over the whole vocabulary at the flat rows asked for.
+    """Run tokens through the stack against a cache; logits at the flat rows asked for.
 
-    Each device of a group axis computes its part of the vocabulary; the parts are joined.
+    Each device of a group axis computes its part of the vocabulary.
     """
     output = transformer.run_stack_local(
         tokens_BT.reshape(-1), positions_BT.reshape(-1), cache, layout, active_tokens=active.reshape(-1)
     )
     hidden = transformer.hidden_rows_local(output.streams, rows, layout)
-    logits = logits_of(hidden, transformer.head_local(layout, whole_vocab=False))
-    return output.cache, layout.gather_vocab_local(logits, dim=1)
-
-
-def cache_out_local(cache: DenseCache, layout: Layout) -> DenseCache:
-    """The cache as it leaves the program of one device: positions are the same on all devices of a group axis."""
-    return cache.at(layout.agree_local(cache.positions_BT))
+    assert isinstance(output.cache, DenseCache)
+    return output.cache, logits_of(hidden, transformer.head_local(layout, whole_vocab=False))

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from foejax.models.layers import high_precision
+
 
 class AttentionCache(Protocol):
     """The two calls attention makes, per layer; an implementation is a pytree carried through the layers."""
@@ -23,9 +25,7 @@ class AttentionCache(Protocol):
     def write(self, layer: jax.Array, k_NSGK: jax.Array, v_NSGK: jax.Array) -> Self:
         """The cache with this step's keys and values of `layer` stored."""
 
-    def attend(
-        self, layer: jax.Array, q_NSQK: jax.Array, k_NSGK: jax.Array, v_NSGK: jax.Array
-    ) -> jax.Array:
+    def attend(self, layer: jax.Array, q_NSQK: jax.Array, k_NSGK: jax.Array, v_NSGK: jax.Array) -> jax.Array:
         """Attention output [N, S, Q, K] of this step's queries, after `write`."""
 
 
@@ -109,20 +109,15 @@ def _rows(x_N: jax.Array, rows: tuple[int, ...]) -> jax.Array:
 def _attend(
     q_BTSQK: jax.Array, k_BCSGK: jax.Array, v_BCSGK: jax.Array, mask_BTC: jax.Array, like_NSQK: jax.Array
 ) -> jax.Array:
-    """Grouped-query attention with groups and heads folded together, softmax in high precision."""
-    q, k, v = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (q_BTSQK, k_BCSGK, v_BCSGK))
-    if q.dtype == jnp.float64:
-        return _attend_float64(q, k, v, mask_BTC).reshape(like_NSQK.shape)
-    with jax.numpy_dtype_promotion("standard"):  # the library finds its softmax dtype by promotion
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask_BTC[:, None])
-    return out.reshape(like_NSQK.shape)
+    """Grouped-query attention of every group and key/value head, logits and softmax in high precision.
 
-
-def _attend_float64(q_BTAK: jax.Array, k_BCGK: jax.Array, v_BCGK: jax.Array, mask_BTC: jax.Array) -> jax.Array:
-    """Attention wholly in float64; the library's softmax is float32 whatever its inputs. A: all query heads."""
-    batch, steps, heads, size = q_BTAK.shape
-    q_BTGQK = q_BTAK.reshape(batch, steps, k_BCGK.shape[2], -1, size)
-    logits_BGQTC = jnp.einsum("btgqk,bcgk->bgqtc", q_BTGQK, k_BCGK) * size**-0.5
-    logits_BGQTC = jnp.where(mask_BTC[:, None, None], logits_BGQTC, -jnp.inf)
-    out_BTGQK = jnp.einsum("bgqtc,bcgk->btgqk", jax.nn.softmax(logits_BGQTC, axis=-1), v_BCGK)
-    return out_BTGQK.reshape(batch, steps, heads, size)
+    `jax.nn.dot_product_attention` takes its softmax in float32 even for float64 inputs and, for bfloat16, does not
+    lower under strict dtype promotion.
+    """
+    wide, size = high_precision(q_BTSQK.dtype), q_BTSQK.shape[-1]
+    heads = k_BCSGK.shape[3]
+    q = q_BTSQK.reshape(*q_BTSQK.shape[:3], heads, -1, size)
+    logits = jnp.einsum("btsgqk,bcsgk->bsgqtc", q, k_BCSGK, preferred_element_type=wide) * size**-0.5
+    logits = jnp.where(mask_BTC[:, None, None, None], logits, -jnp.inf)
+    probabilities = jax.nn.softmax(logits, axis=-1).astype(v_BCSGK.dtype)
+    return jnp.einsum("bsgqtc,bcsgk->btsgqk", probabilities, v_BCSGK).reshape(like_NSQK.shape)

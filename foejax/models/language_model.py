@@ -132,11 +132,7 @@ class LanguageModel(nnx.Module):
         terms = self._run(program, {name: spec for name in fields}, metric_specs)(fields)
         denominator = terms.pop("total_weight") if total_weight is None else total_weight
         terms["cross_entropy"] = terms["cross_entropy"] / denominator
-        loss = (
-            terms["cross_entropy"]
-            + load_balance_coef * terms["load_balance_loss"]
-            + z_loss_coef * terms["z_loss"]
-        )
+        loss = terms["cross_entropy"] + load_balance_coef * terms["load_balance_loss"] + z_loss_coef * terms["z_loss"]
         terms.pop("total_weight", None)
         return loss, terms
 
@@ -151,7 +147,7 @@ class LanguageModel(nnx.Module):
         fields = {name: jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")}
         num_tokens = fields["tokens"].size
         fields = _fit_rows(fields, layout)
-        trace_spec = PartitionSpec(*layout.group_spec(1), layout.token_axes)
+        trace_spec: Any = PartitionSpec(*layout.group_spec(1), layout.token_axes)
         out_specs: Any = PartitionSpec((*layout.token_axes, *layout.slice_axes), None)
         if record_routing:
             out_specs = (out_specs, RoutingTrace(trace_spec, trace_spec, trace_spec))

@@ -104,9 +104,10 @@ class Transformer(nnx.Module):
             )
             return (streams, cache), (stats, routing if record_routing else None)
 
-        run_layer = _with_remat(run_layer, remat, layout)
         layers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        (streams, cache), (stats, routing) = jax.lax.scan(run_layer, (streams, cache), (layers, layer_params))
+        (streams, cache), (stats, routing) = jax.lax.scan(
+            _with_remat(run_layer, remat, layout), (streams, cache), (layers, layer_params)
+        )
         return StackOutput(streams, cache, stats, routing)
 
     def hidden_slice_local(self, streams: Streams, layout: Layout) -> jax.Array:
