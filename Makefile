@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
-PYTEST_OPTIONS := --durations=15 --timeout=900 --timeout-method=thread
+PYTEST_OPTIONS := -n 2 --dist loadgroup --durations=15 --timeout=900 --timeout-method=thread
 PACKAGES := foejax sharding pallas_kernels
 # What the oldest supported JAX could break: the model, its bindings, the kernels.
 TESTS_311 := $(wildcard tests/test_config.py tests/test_packaging.py tests/test_model*.py tests/test_layout*.py \

@@ -88,7 +88,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
         ("x.jsonl", b"[1]\n", "line 1 holds a list"),
         ("x.jsonl", b'{"text": "\\ud800"}\n', "not Unicode at character 0"),
         ("x.jsonl.gz", b"plain", "not a whole gzip file"),
-        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 50)[:-12], "not a whole gzip file"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 50, mtime=0)[:-12], "not a whole gzip file"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, expected: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from tiny import packed_batch, relative_error, tiny_config, tiny_model
 
 from foejax.config import ModelConfig
 from foejax.models import LanguageModel, RoutingTrace
+from foejax.models.language_model import QUICK_COMPILE
 from sharding import Layout
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
@@ -23,7 +24,7 @@ def loss_gradient_logits(model: LanguageModel, remat: str = "none") -> tuple[Any
     graphdef, params, rest = nnx.split(model, nnx.Param, nnx.Variable)
     batch = packed_batch()
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK_COMPILE)
     def run(params: nnx.State, rest: nnx.State) -> Any:
         def loss(params: nnx.State) -> Any:
             return nnx.merge(graphdef, params, rest).loss(batch, load_balance_coef=0.01, z_loss_coef=0.001, remat=remat)
@@ -51,9 +52,21 @@ def check_equal(config: ModelConfig, layout: Layout, remat: str = "none") -> Non
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected[2])), "a parameter without gradient"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+EVERY_BINDING = [
+    pytest.param(
+        groups,
+        devices,
+        dtype,
+        # float64 is the sharper check of the two; the float32 ones that add little take part in `make test-slow`
+        marks=[pytest.mark.xdist_group(f"{groups} groups")] + [pytest.mark.slow] * (dtype == "float32" and devices < 8),
+    )
+    for groups in (1, 2, 4, 8)
+    for devices in (1, 2, 4, 8)
+    for dtype in TOLERANCE
+]
+
+
+@pytest.mark.parametrize(("groups", "devices", "dtype"), EVERY_BINDING)
 def test_foe_sharded_equals_unsharded(groups: int, devices: int, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         config = tiny_config(num_groups=groups, dtype=dtype, num_layers=2)

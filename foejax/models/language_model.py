@@ -103,7 +103,6 @@ class LanguageModel(nnx.Module):
         load_balance_coef: float = 0.0,
         z_loss_coef: float = 0.0,
         remat: Remat = "none",
-        total_weight: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Training loss of a batch: mean cross-entropy in nats plus the weighted auxiliary losses.
 
@@ -111,11 +110,9 @@ class LanguageModel(nnx.Module):
           batch: arrays [B, T]; B must be a multiple of the layout's token shards.
           load_balance_coef, z_loss_coef: weights of the router losses; with both at 0 no collective is made for them.
           remat: what the backward pass recomputes.
-          total_weight: what the summed cross-entropy is divided by; None takes the batch's own loss weights.
-            Gradient accumulation passes the weight of all micro-batches.
 
         Returns:
-          The scalar loss and metrics: cross_entropy (sum over the batch divided by total_weight),
+          The scalar loss and metrics: cross_entropy (mean by loss weight; 0 for a batch of padding),
           load_balance_loss, z_loss, tokens_per_expert [L, A] and num_tokens (active tokens).
         """
         spec, everywhere = self.layout.batch_spec(None), PartitionSpec()
@@ -130,10 +127,9 @@ class LanguageModel(nnx.Module):
             return _loss_terms_local(transformer, batch, self.layout, remat=remat, aux=aux)
 
         terms = self._run(program, {name: spec for name in fields}, metric_specs)(fields)
-        denominator = terms.pop("total_weight") if total_weight is None else total_weight
-        terms["cross_entropy"] = terms["cross_entropy"] / denominator
+        total_weight = terms.pop("total_weight")
+        terms["cross_entropy"] = terms["cross_entropy"] / jnp.where(total_weight > 0, total_weight, 1.0)
         loss = terms["cross_entropy"] + load_balance_coef * terms["load_balance_loss"] + z_loss_coef * terms["z_loss"]
-        terms.pop("total_weight", None)
         return loss, terms
 
     def logits(self, batch: Batch, *, record_routing: bool = False) -> Any:
