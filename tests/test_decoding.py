@@ -24,7 +24,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+SLOW = {"foe, two data shards", "moe fsdp"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS])
 def test_decoding_gives_the_prefill_logits_and_one_text_everywhere(name: str) -> None:
     groups, make_layout = LAYOUTS[name]
     config = tiny_config(num_groups=groups, num_layers=2)

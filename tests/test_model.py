@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -57,6 +58,7 @@ def test_rope_scaling_divides_positions() -> None:
 LAYERS, ROWS, LENGTH, WIDTH = 3, 8, 64, 32
 
 
+@cache
 def collectives(layout: Layout, groups: int, program: str, remat: str = "none") -> list[Collective]:
     model = LanguageModel.abstract(
         tiny_config(num_groups=groups, dtype="bfloat16", num_layers=LAYERS, vocab_size=256), layout
@@ -78,8 +80,8 @@ def collectives(layout: Layout, groups: int, program: str, remat: str = "none") 
 
 
 def token_sized(found: list[Collective], ops: tuple[str, ...], axes: tuple[str, ...]) -> list[Collective]:
-    tokens = ROWS * LENGTH // (8 if axes == ("expert",) else 1)
-    return [c for c in found if c.op in ops and c.axes == axes and is_token_sized(c, tokens, WIDTH)]
+    """Those as large as all tokens of the batch: in `ep` a device's buffers have one slot per token and device."""
+    return [c for c in found if c.op in ops and c.axes == axes and is_token_sized(c, ROWS * LENGTH, WIDTH)]
 
 
 def test_foe_forward_meets_once_a_layer_and_once_at_the_end() -> None:
@@ -92,6 +94,7 @@ def test_foe_forward_meets_once_a_layer_and_once_at_the_end() -> None:
     assert all(c.payload_bytes == ROWS * LENGTH * WIDTH * 2 for c in reductions)
 
 
+@pytest.mark.xdist_group("remat")
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_repeats_no_merge(remat: str) -> None:
     layout = Layout.create("foe", num_groups=8, num_devices=8)
