@@ -15,11 +15,11 @@ from flax import nnx
 
 from foejax.config import RunConfig
 from foejax.decoding import lower_decode_step
-from foejax.evaluation.evaluate import model_loss, split_model
+from foejax.evaluation.evaluate import split_model
 from foejax.models import LanguageModel
-from foejax.training.optimizer import learning_rate_schedule, make_optimizer
-from foejax.training.run import make_layout
-from foejax.training.step import abstract_train_state, make_train_step
+from foejax.training.optimizer import make_optimizer
+from foejax.training.run import make_layout, train_step_of
+from foejax.training.step import abstract_train_state
 from sharding import Layout
 from sharding.audit import audit, summarize
 from sharding.formulas import compare_with_audit, foe_forward, moe_ep_forward
@@ -92,29 +92,13 @@ def lower_forward(model: LanguageModel, shape: tuple[int, int]) -> jax.stages.Lo
 
 def lower_train_step(config: RunConfig, layout: Layout) -> jax.stages.Lowered:
     """One optimizer step as `train` compiles it, lowered from shapes."""
-    training = config.training
     model = LanguageModel.abstract(config.model, layout)
     graphdef, params, router_state = split_model(model)
-    optimizer = make_optimizer(training)
+    optimizer = make_optimizer(config.training)
     state = abstract_train_state(params, router_state, optimizer, layout.mesh)
-    loss = model_loss(
-        graphdef,
-        load_balance_coef=training.load_balance_coef,
-        z_loss_coef=training.z_loss_coef,
-        remat=training.remat,
-    )
-    step = make_train_step(
-        loss,
-        optimizer,
-        learning_rate_schedule(training),
-        state,
-        layout.mesh,
-        accumulation=training.gradient_accumulation,
-        router_bias_rate=training.router_bias_rate,
-        num_groups=config.model.num_groups,
-    )
+    step = train_step_of(config, graphdef, optimizer, state, layout)
     names = ("tokens", "targets", "positions", "segment_ids", "loss_weights")
-    batch = _abstract_batch(names, _micro_batch(config), layout, training.gradient_accumulation)
+    batch = _abstract_batch(names, _micro_batch(config), layout, config.training.gradient_accumulation)
     return step.lower(state, batch)  # type: ignore[attr-defined]
 
 

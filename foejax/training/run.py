@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import optax
 from flax import nnx
 
 from foejax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
@@ -66,6 +67,33 @@ class Run:
         )
 
 
+def train_step_of(
+    config: RunConfig,
+    graphdef: nnx.GraphDef[LanguageModel],
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    layout: Layout,
+) -> TrainStep:
+    """The training step that a config asks for; `state` may be abstract."""
+    training = config.training
+    loss = model_loss(
+        graphdef,
+        load_balance_coef=training.load_balance_coef,
+        z_loss_coef=training.z_loss_coef,
+        remat=training.remat,
+    )
+    return make_train_step(
+        loss,
+        optimizer,
+        learning_rate_schedule(training),
+        state,
+        layout.mesh,
+        accumulation=training.gradient_accumulation,
+        router_bias_rate=training.router_bias_rate,
+        num_groups=config.model.num_groups,
+    )
+
+
 def open_run(config: RunConfig, run_dir: Path, dataset: Dataset | None) -> Run:
     """Build a run, or restore it from the newest good checkpoint in `run_dir`; see `foejax.training.loop.train`."""
     training = config.training
@@ -98,22 +126,7 @@ def open_run(config: RunConfig, run_dir: Path, dataset: Dataset | None) -> Run:
     is_writer = jax.process_index() == 0
     if is_writer:
         write_run_files(config, dataset.tokenizer, run_dir)
-    loss = model_loss(
-        graphdef,
-        load_balance_coef=training.load_balance_coef,
-        z_loss_coef=training.z_loss_coef,
-        remat=training.remat,
-    )
-    train_step = make_train_step(
-        loss,
-        optimizer,
-        learning_rate_schedule(training),
-        state,
-        layout.mesh,
-        accumulation=training.gradient_accumulation,
-        router_bias_rate=training.router_bias_rate,
-        num_groups=config.model.num_groups,
-    )
+    train_step = train_step_of(config, graphdef, optimizer, state, layout)
     token_bytes = pad_token_bytes(dataset.token_byte_lengths, config.model.vocab_size)
     evaluator = Evaluator(model_loss(graphdef), layout.sharding(layout.batch_spec()), token_bytes)
     log = MetricsLog(run_dir, start, enabled=is_writer)
