@@ -8,9 +8,11 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow as arrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from foejax.config import DataConfig
 from foejax.data import DataError, Dataset, Tokenizer, load_tokenizer, open_dataset, read_documents, token_byte_lengths
@@ -50,8 +52,6 @@ def _config(corpus: Path, **fields: object) -> DataConfig:
 
 
 def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    arrow = pytest.importorskip("pyarrow")
     texts = ["first naïve text", "second"]
     lines = "".join(json.dumps({"body": text, "id": index}) + "\n" for index, text in enumerate(texts))
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
@@ -99,8 +99,6 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, expected
 
 
 def test_bad_parquet_is_named(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    arrow = pytest.importorskip("pyarrow")
     parquet.write_table(arrow.table({"body": ["a"]}), tmp_path / "good.parquet")
     with pytest.raises(DataError, match="the fields there are body"):
         list(read_documents(tmp_path / "good.parquet"))
