@@ -19,16 +19,17 @@ _PATIENCE = {
 }
 
 # With several simulated devices the reductions that XLA of jaxlib 0.11 hands to YNNPACK return garbage and NaN, other
-# ones in every run. No fusion type: XLA's own code, as in jaxlib 0.10.
-_BROKEN_REDUCTIONS_JAXLIB, _OWN_REDUCTIONS = "0.11.", "--xla_cpu_experimental_ynn_fusion_type="
+# ones in every run; so only matrix products go there. (Handing nothing over crashes some float64 programs.)
+_BROKEN_REDUCTIONS_JAXLIB = "0.11."
+_YNN_FLAG, _ONLY_DOTS = "--xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_DOT"
 
 
 def avoid_broken_reductions() -> None:
     """Keep jaxlib 0.11 on CPU from reductions that are wrong with several devices; before JAX's first backend."""
     given = os.environ.get("XLA_FLAGS", "")
     is_broken = importlib.metadata.version("jaxlib").startswith(_BROKEN_REDUCTIONS_JAXLIB)
-    if is_broken and _OWN_REDUCTIONS not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {_OWN_REDUCTIONS}".strip()
+    if is_broken and _YNN_FLAG not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {_YNN_FLAG}={_ONLY_DOTS}".strip()
 
 
 def simulate_devices(count: int) -> None:

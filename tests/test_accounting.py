@@ -35,6 +35,10 @@ def test_matched_configs_differ_in_groups_and_layout_only(size: str) -> None:
     foe, moe = (load_config(f"{kind}_{size}").model_dump() for kind in ("foe", "moe"))
     assert moe["model"].pop("num_groups") == 1
     assert foe["model"].pop("num_groups") > 1
+    if size == "tiny":  # each has what learns best for it: the merge, which the MoE has not, and the learning rate
+        for config in (foe, moe):
+            config["model"].pop("merge_scale")
+            config["training"].pop("learning_rate")
     for section in ("model", "data", "training"):
         assert foe[section] == moe[section]
 

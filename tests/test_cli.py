@@ -176,8 +176,8 @@ def test_our_own_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("jaxlib", "given", "expected"),
     [
-        ("0.11.2", "", "--xla_cpu_experimental_ynn_fusion_type="),
-        ("0.11.2", "--a=1", "--a=1 --xla_cpu_experimental_ynn_fusion_type="),
+        ("0.11.2", "", "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"),
+        ("0.11.2", "--a=1", "--a=1 --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"),
         ("0.11.2", "--xla_cpu_experimental_ynn_fusion_type=X", "--xla_cpu_experimental_ynn_fusion_type=X"),
         ("0.10.2", "--a=1", "--a=1"),  # later and earlier releases may not know the flag and would abort on it
         ("0.12.0", "--a=1", "--a=1"),
