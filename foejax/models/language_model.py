@@ -180,10 +180,6 @@ class LanguageModel(nnx.Module):
         sampling = Sampling(temperature, top_k, top_p)
         return generate(self, prompts, max_new_tokens, sampling=sampling, stop_tokens=stop_tokens, key=key)
 
-    def num_params(self) -> int:
-        """Number of trained parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.transformer, nnx.Param)))
-
     def _run(self, program: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`program(transformer, *args)` as the program of one device, parameters split as the layout says."""
         return run_on_mesh(self.transformer, self.layout, program, in_specs, out_specs)
