@@ -18,10 +18,9 @@ _PATIENCE = {
     "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
 }
 
-# With several simulated devices the reductions that XLA of jaxlib 0.11 hands to YNNPACK return garbage and NaN, other
-# ones in every run; so only matrix products go there. (Handing nothing over crashes some float64 programs.)
+# With several simulated devices, fused reductions that XLA of jaxlib 0.11 hands to YNNPACK return NaN.
 _BROKEN_REDUCTIONS_JAXLIB = "0.11."
-_YNN_FLAG, _ONLY_DOTS = "--xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_DOT"
+_YNN_FLAG, _NO_REDUCTIONS = "--xla_cpu_experimental_ynn_fusion_type", "-reduce"
 
 
 def avoid_broken_reductions() -> None:
@@ -29,7 +28,7 @@ def avoid_broken_reductions() -> None:
     given = os.environ.get("XLA_FLAGS", "")
     is_broken = importlib.metadata.version("jaxlib").startswith(_BROKEN_REDUCTIONS_JAXLIB)
     if is_broken and _YNN_FLAG not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {_YNN_FLAG}={_ONLY_DOTS}".strip()
+        os.environ["XLA_FLAGS"] = f"{given} {_YNN_FLAG}={_NO_REDUCTIONS}".strip()
 
 
 def simulate_devices(count: int) -> None:

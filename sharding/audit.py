@@ -24,17 +24,6 @@ from sharding.stablehlo import DtypeMatcher, parse_collectives
 
 UNKNOWN_AXES = ("?",)
 
-_OPS = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-    "ragged-all-to-all",
-)
-_OP_OF_OPCODE = {op + ending: op for op in _OPS for ending in ("", "-start")} | {"send": "collective-permute"}
-
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -261,7 +250,7 @@ def axes_of_pairs(pairs: hlo.Groups, mesh: Mesh) -> tuple[str, ...]:
 def _reached(module: hlo.Module, computation: str, path: _Path) -> Iterator[tuple[tuple[str, str], _Path]]:
     """Every instruction that a run of `computation` reaches, with the path to it, calls and loops followed."""
     for instruction in module.computations.get(computation, {}).values():
-        if instruction.opcode in _OP_OF_OPCODE:
+        if instruction.opcode in hlo.COLLECTIVE_OPCODES:
             yield (computation, instruction.name), path
             continue
         for callee, inner in _calls(instruction, path):
@@ -298,7 +287,7 @@ def _describe_all(module: hlo.Module, mesh: Mesh, written_text: str | None) -> d
     matcher = None if written_text is None else DtypeMatcher(parse_collectives(written_text))
     facts: dict[tuple[str, str], Collective | None] = {}
     for computation, instruction in module.instructions():
-        if instruction.opcode in _OP_OF_OPCODE:
+        if instruction.opcode in hlo.COLLECTIVE_OPCODES:
             facts[computation, instruction.name] = _describe(module, computation, instruction, mesh, matcher)
     return facts
 
@@ -306,7 +295,7 @@ def _describe_all(module: hlo.Module, mesh: Mesh, written_text: str | None) -> d
 def _describe(
     module: hlo.Module, computation: str, instruction: hlo.Instruction, mesh: Mesh, matcher: DtypeMatcher | None
 ) -> Collective | None:
-    op = _OP_OF_OPCODE[instruction.opcode]
+    op = hlo.COLLECTIVE_OPCODES[instruction.opcode]
     groups = hlo.device_groups(instruction, module.num_partitions, module.num_replicas)
     group_size = max((len(group) for group in groups), default=1)
     if group_size < 2:

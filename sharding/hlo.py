@@ -15,6 +15,20 @@ import numpy as np
 
 Groups = tuple[tuple[int, ...], ...]
 
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
+COLLECTIVE_OPCODES = {op + ending: op for op in _COLLECTIVES for ending in ("", "-start")} | {
+    "send": "collective-permute"
+}
+"""The collective that each opcode is; of an asynchronous pair only the start."""
+
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*)?\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT\s+)?%?([\w.\-]+)\s*=\s*(.*)$")

@@ -14,6 +14,7 @@ from tiny import packed_batch, plain_batch, relative_error, tiny_config, tiny_mo
 from foejax.models import LanguageModel
 from sharding import Layout
 from sharding.audit import Collective, audit, is_token_sized
+from sharding.races import find_races
 
 
 def test_documents_do_not_see_each_other_and_flat_tokens_are_one_row() -> None:
@@ -76,7 +77,10 @@ def collectives(layout: Layout, groups: int, program: str, remat: str = "none") 
         return jax.grad(lambda p: nnx.merge(graphdef, p, rest).loss(batch, remat=remat)[0])(params)
 
     function = {"forward": forward, "train": train}[program]
-    return audit(jax.jit(function).lower(params, rest, batch), layout.mesh)
+    lowered = jax.jit(function).lower(params, rest, batch)
+    compiled = lowered.compile()
+    assert not find_races(compiled.as_text() or "")
+    return audit(lowered, layout.mesh, compiled=compiled)
 
 
 def token_sized(found: list[Collective], ops: tuple[str, ...], axes: tuple[str, ...]) -> list[Collective]:

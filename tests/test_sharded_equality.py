@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,25 +16,31 @@ from tiny import packed_batch, relative_error, tiny_config, tiny_model
 from foejax.config import ModelConfig
 from foejax.models import LanguageModel, RoutingTrace
 from sharding import Layout
+from sharding.races import find_races
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
 
 def loss_gradient_logits(model: LanguageModel, remat: str = "none") -> tuple[Any, RoutingTrace]:
-    """(loss, metrics, gradient, logits) and the routing trace, in one compiled program."""
+    """(loss, metrics, gradient, logits) and the routing trace, from two programs without races."""
     graphdef, params, rest = nnx.split(model, nnx.Param, nnx.Variable)
     batch = packed_batch()
 
-    @jax.jit
-    def run(params: nnx.State, rest: nnx.State) -> Any:
-        def loss(params: nnx.State) -> Any:
-            return nnx.merge(graphdef, params, rest).loss(batch, load_balance_coef=0.01, z_loss_coef=0.001, remat=remat)
+    def loss(params: nnx.State, rest: nnx.State) -> Any:
+        return nnx.merge(graphdef, params, rest).loss(batch, load_balance_coef=0.01, z_loss_coef=0.001, remat=remat)
 
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        logits, trace = nnx.merge(graphdef, params, rest).logits(batch, record_routing=True)
-        return (value, metrics, gradient, logits), trace
+    def logits(params: nnx.State, rest: nnx.State) -> Any:
+        return nnx.merge(graphdef, params, rest).logits(batch, record_routing=True)
 
-    return jax.tree.map(np.asarray, run(params, rest))
+    (value, metrics), gradient = run_without_races(jax.value_and_grad(loss, has_aux=True), params, rest)
+    values, trace = run_without_races(logits, params, rest)
+    return (value, metrics, gradient, values), trace
+
+
+def run_without_races(function: Callable[..., Any], *arguments: Any) -> Any:
+    compiled = jax.jit(function).lower(*arguments).compile()
+    assert not find_races(compiled.as_text() or "")
+    return jax.tree.map(np.asarray, compiled(*arguments))
 
 
 @cache
