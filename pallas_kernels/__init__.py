@@ -5,5 +5,6 @@ for the function and `from pallas_kernels.grouped_matmul.shapes import SHAPES` f
 """
 
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_swiglu.api import grouped_swiglu
 
-__all__ = ["grouped_matmul"]
+__all__ = ["grouped_matmul", "grouped_swiglu"]

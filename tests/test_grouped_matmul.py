@@ -21,8 +21,9 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul.api import GroupedMatmulError
+from pallas_kernels.grouped_matmul.row_tiles import list_row_tiles
 from pallas_kernels.grouped_matmul.shapes import SHAPES
-from pallas_kernels.grouped_matmul.xla import _list_tiles, tile_height
+from pallas_kernels.grouped_matmul.xla import tile_height
 
 BACKENDS = ("xla",)
 MESH_AXES = ("data", "group", "expert")
@@ -166,18 +167,26 @@ def test_any_group_sizes(implementation: str, group_sizes: tuple[int, ...]) -> N
         assert_close(a, b, 1e-5)
 
 
+@pytest.mark.parametrize("alignment", [1, 8])
 @pytest.mark.parametrize("group_sizes", [CASES[name].group_sizes for name in COMPILED_ONCE])
-def test_tiles_in_use_cover_each_row_once(group_sizes: tuple[int, ...]) -> None:
-    height = 16
-    tiles = _list_tiles(jnp.asarray(group_sizes, jnp.int32), 200, height)
+def test_tiles_in_use_cover_each_row_once(group_sizes: tuple[int, ...], alignment: int) -> None:
+    height, rows = 16, 200
+    sizes = jnp.asarray(group_sizes, jnp.int32)
+    tiles = list_row_tiles(sizes, rows, height, alignment=alignment, with_padding=True)
     num_live = int(tiles.num_live)
-    assert num_live == sum(-(-size // height) for size in group_sizes)
-    experts_R = np.full(200, -1)
-    for expert, start, stop in np.stack([tiles.experts, tiles.starts, tiles.stops], 1)[:num_live]:
-        assert np.all(experts_R[start:stop] == -1) and 0 < stop - start <= height
+    experts_R = np.full(rows, -1)
+    listed = np.stack([tiles.experts, tiles.firsts, tiles.starts, tiles.stops], 1)
+    for expert, first, start, stop in listed[:num_live]:
+        assert first % alignment == 0 and 0 <= first <= start < stop <= first + height <= rows
+        assert np.all(experts_R[start:stop] == -1)
         experts_R[start:stop] = expert
-    padding = 200 - sum(group_sizes)
-    np.testing.assert_array_equal(experts_R, np.repeat([*range(6), -1], [*group_sizes, padding]))
+    np.testing.assert_array_equal(experts_R, np.repeat(range(7), [*group_sizes, rows - sum(group_sizes)]))
+    assert np.all(listed[num_live:, 2] == listed[num_live:, 3])
+    without = list_row_tiles(sizes, rows, height, alignment=alignment)
+    kept = listed[:num_live][listed[:num_live, 0] < 6]
+    assert int(without.num_live) == len(kept)
+    if alignment == 1:
+        assert len(kept) == sum(-(-size // height) for size in group_sizes)
 
 
 def test_tile_height_follows_the_rows_of_an_expert() -> None:

@@ -9,15 +9,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from foejax.config import ModelConfig
 from foejax.models.layers import make_param
 from foejax.models.rows import collect_rows, plan_rows, spread_rows
-from pallas_kernels import grouped_matmul
-
-EXPERT_HIDDEN = "expert_hidden"
-"""Checkpoint name of the experts' gate and up activations."""
+from pallas_kernels import grouped_matmul, grouped_swiglu
 
 
 class Experts(nnx.Module):
@@ -52,14 +48,13 @@ class Experts(nnx.Module):
         plan = plan_rows(indices_SNk, valid_SNk, num_experts, max_rows)
         row_AN = plan.row_SNk.transpose(0, 2, 1).reshape(-1, h_ND.shape[0])
         x_RD = spread_rows(h_ND, plan.token_R, row_AN)
-        gate_RF = self._matmul(x_RD, self.gate_SEDF, plan.group_sizes)
-        up_RF = self._matmul(x_RD, self.up_SEDF, plan.group_sizes)
-        gate_RF, up_RF = checkpoint_name((gate_RF, up_RF), EXPERT_HIDDEN)
-        y_RD = self._matmul(jax.nn.silu(gate_RF) * up_RF, self.down_SEFD, plan.group_sizes)
+        hidden_RF = grouped_swiglu(x_RD, _stack(self.gate_SEDF), _stack(self.up_SEDF), plan.group_sizes)
+        y_RD = grouped_matmul(hidden_RF, _stack(self.down_SEFD), plan.group_sizes)
         y_SNkD = collect_rows(y_RD, plan.row_SNk, plan.choice_R)
         return jnp.sum(weights_SNk.astype(h_ND.dtype)[..., None] * y_SNkD, axis=2)
 
-    @staticmethod
-    def _matmul(x: jax.Array, w_SE: nnx.Param, group_sizes: jax.Array) -> jax.Array:
-        w = w_SE[...]
-        return grouped_matmul(x, w.reshape(-1, *w.shape[2:]), group_sizes)
+
+def _stack(w_SE: nnx.Param) -> jax.Array:
+    """The weights of every group's experts as those of one long list of experts."""
+    w = w_SE[...]
+    return w.reshape(-1, *w.shape[2:])

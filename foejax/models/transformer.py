@@ -17,10 +17,10 @@ from foejax.config import ModelConfig
 from foejax.models.block import MERGED_RESIDUAL, Block, Streams, layer_merge_scale, merge_scales
 from foejax.models.cache import AttentionCache
 from foejax.models.expert_parallel import EXCHANGED
-from foejax.models.experts import EXPERT_HIDDEN
 from foejax.models.layers import high_precision, make_norm, make_param, rms_norm, rotary_angles
 from foejax.models.params import enter_params_local
 from foejax.models.router import RouterStats, Routing, SelectFn
+from pallas_kernels.grouped_swiglu.api import PREACTIVATIONS
 from sharding import Layout
 
 Remat = Literal["none", "dots", "full"]
@@ -155,7 +155,7 @@ def _with_remat(run_layer: LayerFn, remat: Remat, layout: Layout) -> LayerFn:
         return jax.checkpoint(run_layer, policy=_keep_activations) if layout.gathers_params else run_layer
     if remat == "dots":
         policy = policies.save_from_both_policies(
-            policies.dots_saveable, policies.save_only_these_names(*collective_results, EXPERT_HIDDEN)
+            policies.dots_saveable, policies.save_only_these_names(*collective_results, PREACTIVATIONS)
         )
     else:
         policy = policies.save_only_these_names(*collective_results)

@@ -6,38 +6,31 @@ Shape letters: R rows sorted by expert, K contracted features, N output features
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from types import ModuleType
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.backends import load_backend, pick_backend, require_backend
+from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.varying import cast_to_varying, varying_axes
 
-logger = logging.getLogger(__name__)
-
 Implementation = Literal[
+    "mosaic_gpu",  # Hopper GPUs, bfloat16, features in multiples of 128
+    "triton",  # other NVIDIA GPUs, through jax-triton (extra `triton`)
     "xla",  # a loop over the row tiles in use; runs on every device
     "reference",  # one gathered weight matrix per row, differentiated by JAX; the oracle of the tests
 ]
+"""A backend is the module of its name in this folder: `matmul`, `weight_gradient` (neither is differentiated:
+`_with_own_gradient` says what the gradients are) and, where it cannot take everything, `refusal`."""
+
+
+_PREFERRED: dict[str, tuple[Implementation, ...]] = {"hopper": ("mosaic_gpu", "triton"), "cuda": ("triton",)}
 
 
 class GroupedMatmulError(ValueError):
     """Arguments that do not fit together; the message names the argument, its value and the way out."""
-
-
-class _Backend(NamedTuple):
-    """What a backend brings. Neither function is differentiated: `_with_own_gradient` says what the gradients are."""
-
-    matmul: Callable[..., jax.Array]  # (x_RK, w_EKN or w_ENK, group_sizes_E, *, transpose_rhs) -> y_RN
-    weight_gradient: Callable[..., jax.Array]  # (x_RK, dy_RN, group_sizes_E) -> dw_EKN
-
-
-_BACKENDS: dict[str, _Backend] = {
-    "xla": _Backend(xla.matmul, xla.weight_gradient),
-}
 
 
 def grouped_matmul(
@@ -68,21 +61,45 @@ def grouped_matmul(
       y_RN: [R, N], same dtype as `x_RK`.
 
     Raises:
-      GroupedMatmulError: shapes or dtypes that do not fit together, or an unknown implementation.
+      GroupedMatmulError: shapes or dtypes that do not fit together, an unknown implementation, or one that cannot take
+        these operands.
     """
-    _check_arguments(x_RK, w_EKN, group_sizes_E, transpose_rhs)
-    if implementation is None:
-        implementation = _pick_implementation(jax.default_backend(), x_RK.shape, w_EKN.shape, str(x_RK.dtype))
-    elif implementation not in get_args(Implementation):
-        raise GroupedMatmulError(f"implementation={implementation!r}: choose one of {get_args(Implementation)} or None")
+    backend = choose_implementation(
+        x_RK, w_EKN, group_sizes_E, transpose_rhs=transpose_rhs, implementation=implementation
+    )
     # Casting here, outside the custom gradient, leaves it to JAX to sum a replicated operand's gradient over the mesh.
     axes = varying_axes(x_RK, w_EKN, group_sizes_E)
     x_RK, w_EKN = cast_to_varying(x_RK, axes), cast_to_varying(w_EKN, axes)
     group_sizes_E = cast_to_varying(group_sizes_E.astype(jnp.int32), axes)
     with jax.named_scope("grouped_matmul"):
-        if implementation == "reference":
+        if backend == "reference":
             return reference.matmul(x_RK, w_EKN, group_sizes_E, transpose_rhs=transpose_rhs)
-        return _with_own_gradient(x_RK, w_EKN, group_sizes_E, transpose_rhs, implementation)
+        return _with_own_gradient(x_RK, w_EKN, group_sizes_E, transpose_rhs, backend)
+
+
+def choose_implementation(
+    x_RK: jax.Array,
+    w_EKN: jax.Array,
+    group_sizes_E: jax.Array,
+    *,
+    transpose_rhs: bool = False,
+    implementation: Implementation | None = None,
+) -> str:
+    """The backend that serves these operands: the one asked for, or the best for the device, logged once.
+
+    Raises:
+      GroupedMatmulError: as `grouped_matmul`.
+    """
+    _check_arguments(x_RK, w_EKN, group_sizes_E, transpose_rhs)
+
+    def refuse(backend: ModuleType) -> str | None:
+        refusal = getattr(backend, "refusal", None)  # backends without one take everything
+        return refusal(x_RK.shape, w_EKN.shape, x_RK.dtype, transpose_rhs=transpose_rhs) if refusal else None
+
+    if implementation is not None:
+        return require_backend("grouped_matmul", implementation, get_args(Implementation), refuse, GroupedMatmulError)
+    operands = f"{x_RK.dtype} rows {x_RK.shape} by weights {w_EKN.shape}"
+    return pick_backend("grouped_matmul", _PREFERRED, refuse, operands)
 
 
 def _check_arguments(x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, transpose_rhs: bool) -> None:
@@ -111,21 +128,11 @@ def _check_arguments(x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array
         raise GroupedMatmulError(f"x_RK and w_EKN have dtype {x_RK.dtype}: use bfloat16, float32 or float64")
 
 
-@functools.cache
-def _pick_implementation(
-    platform: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...], dtype: str
-) -> Implementation:
-    """The backend for this device and these shapes; cached, so that each choice is logged once."""
-    choice: Implementation = "xla"
-    logger.info("grouped_matmul of %s rows %s by weights %s on %s: %s", dtype, x_shape, w_shape, platform, choice)
-    return choice
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _with_own_gradient(
     x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, transpose_rhs: bool, backend: str
 ) -> jax.Array:
-    return _BACKENDS[backend].matmul(x_RK, w_EKN, group_sizes_E, transpose_rhs=transpose_rhs)
+    return load_backend("grouped_matmul", backend).matmul(x_RK, w_EKN, group_sizes_E, transpose_rhs=transpose_rhs)
 
 
 _Residuals = tuple[jax.Array, jax.Array, jax.Array]
@@ -134,7 +141,7 @@ _Residuals = tuple[jax.Array, jax.Array, jax.Array]
 def _forward(
     x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, transpose_rhs: bool, backend: str
 ) -> tuple[jax.Array, _Residuals]:
-    y_RN = _BACKENDS[backend].matmul(x_RK, w_EKN, group_sizes_E, transpose_rhs=transpose_rhs)
+    y_RN = load_backend("grouped_matmul", backend).matmul(x_RK, w_EKN, group_sizes_E, transpose_rhs=transpose_rhs)
     return y_RN, (x_RK, w_EKN, group_sizes_E)
 
 
@@ -142,9 +149,9 @@ def _backward(
     transpose_rhs: bool, backend: str, residuals: _Residuals, dy_RN: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     x_RK, w_EKN, group_sizes_E = residuals
-    dx_RK = _BACKENDS[backend].matmul(dy_RN, w_EKN, group_sizes_E, transpose_rhs=not transpose_rhs)
+    dx_RK = load_backend("grouped_matmul", backend).matmul(dy_RN, w_EKN, group_sizes_E, transpose_rhs=not transpose_rhs)
     left, right = (dy_RN, x_RK) if transpose_rhs else (x_RK, dy_RN)
-    return dx_RK, _BACKENDS[backend].weight_gradient(left, right, group_sizes_E), None
+    return dx_RK, load_backend("grouped_matmul", backend).weight_gradient(left, right, group_sizes_E), None
 
 
 _with_own_gradient.defvjp(_forward, _backward)

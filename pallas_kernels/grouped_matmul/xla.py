@@ -4,32 +4,22 @@
 excess is the unused part of each expert's last tile. The loop's length is data, and JAX does not differentiate such
 loops in reverse: `api.py` makes these functions each other's gradients instead.
 
-Shape letters: R rows, K contracted features, N output features, E experts, M rows of a tile, L listed tiles.
+Shape letters: R rows, K contracted features, N output features, E experts, M rows of a tile.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.grouped_matmul.row_tiles import RowTiles, list_row_tiles
 from pallas_kernels.varying import cast_to_varying, varying_axes
 
 _SMALLEST_TILE, _LARGEST_TILE = 8, 128
 
 # JAX 0.10 on CPU stores a bfloat16 tile by way of a float32 copy of the whole result, in every turn of the loop.
 _STORING_BFLOAT16_IS_EMULATED = jax.__version_info__ < (0, 11)
-
-
-class _Tiles(NamedTuple):
-    """The row tiles in order of rows; only the first `num_live` entries are in use."""
-
-    experts: jax.Array  # [L]
-    starts: jax.Array  # [L] first row of the tile
-    stops: jax.Array  # [L] one past its last row
-    num_live: jax.Array
 
 
 def matmul(x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, *, transpose_rhs: bool = False) -> jax.Array:
@@ -41,11 +31,11 @@ def matmul(x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, *, trans
     if y_RN.size == 0 or x_RK.size == 0:
         return y_RN
     height = tile_height(num_rows, num_experts)
-    tiles = _list_tiles(group_sizes_E, num_rows, height)
+    tiles = list_row_tiles(group_sizes_E, num_rows, height)
     contraction = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
 
     def multiply_tile(index: jax.Array, y_RN: jax.Array) -> jax.Array:
-        first_row, in_use_M1 = _window(tiles, index, num_rows, height)
+        first_row, in_use_M1 = _window(tiles, index, height)
         x_MK = lax.dynamic_slice_in_dim(x_RK, first_row, height)
         w_KN = lax.dynamic_index_in_dim(w_EKN, tiles.experts[index], keepdims=False)
         y_MN = lax.dot_general(x_MK, w_KN, contraction, preferred_element_type=_sum_dtype(x_RK))
@@ -66,11 +56,11 @@ def weight_gradient(x_RK: jax.Array, dy_RN: jax.Array, group_sizes_E: jax.Array)
         return dw_EKN
     sum_KN = cast_to_varying(jnp.zeros(dw_shape[1:], _sum_dtype(x_RK)), axes)
     height = tile_height(num_rows, num_experts)
-    tiles = _list_tiles(group_sizes_E, num_rows, height)
+    tiles = list_row_tiles(group_sizes_E, num_rows, height)
 
     def add_tile(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         sum_KN, dw_EKN = carry
-        first_row, in_use_M1 = _window(tiles, index, num_rows, height)
+        first_row, in_use_M1 = _window(tiles, index, height)
         # Both sides are masked: either may hold NaN in rows that are not this expert's.
         x_MK, dy_MN = (
             jnp.where(in_use_M1, rows, jnp.zeros_like(rows))
@@ -113,25 +103,8 @@ def _from_storable(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
 
 
-def _list_tiles(group_sizes_E: jax.Array, num_rows: int, height: int) -> _Tiles:
-    """Cuts every group into tiles that start at its first row; experts without rows get none."""
-    ends_E = jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), num_rows)
-    starts_E = jnp.concatenate([jnp.zeros_like(ends_E[:1]), ends_E[:-1]])
-    tiles_E = (ends_E - starts_E + (height - 1)) // height
-    tile_ends_E = jnp.cumsum(tiles_E, dtype=jnp.int32)
-    num_experts = group_sizes_E.shape[0]
-    tile_L = jnp.arange(num_rows // height + min(num_experts, num_rows), dtype=jnp.int32)
-    expert_L = (tile_L[:, None] >= tile_ends_E[None, :]).sum(1, dtype=jnp.int32)
-    expert_L = jnp.minimum(expert_L, num_experts - 1)  # the entries past `num_live`
-    start_L = starts_E[expert_L] + (tile_L - (tile_ends_E - tiles_E)[expert_L]) * height
-    return _Tiles(expert_L, start_L, jnp.minimum(start_L + height, ends_E[expert_L]), tile_ends_E[-1])
-
-
-def _window(tiles: _Tiles, index: jax.Array, num_rows: int, height: int) -> tuple[jax.Array, jax.Array]:
-    """First row of the `height` rows to load, and which of them [M, 1] belong to the tile.
-
-    A tile near the end loads earlier rows as well, rather than rows past the end of the array.
-    """
-    first_row = jnp.minimum(tiles.starts[index], num_rows - height)
+def _window(tiles: RowTiles, index: jax.Array, height: int) -> tuple[jax.Array, jax.Array]:
+    """First row of the `height` rows to load, and which of them [M, 1] belong to the tile."""
+    first_row = tiles.firsts[index]
     row_M1 = first_row + jnp.arange(height, dtype=jnp.int32)[:, None]
     return first_row, (row_M1 >= tiles.starts[index]) & (row_M1 < tiles.stops[index])

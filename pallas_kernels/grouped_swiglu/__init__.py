@@ -1,0 +1,1 @@
+"""The gated half of SwiGLU experts in one operation: see `api.py`."""

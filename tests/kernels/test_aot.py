@@ -1,0 +1,95 @@
+"""The GPU kernels compiled for an H200 that is not there: they lower, fit, use the tensor cores and do not spill."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from foejax.analysis.comms import lower_train_step
+from foejax.config import load_config
+from pallas_kernels import backends
+from pallas_kernels.deviceless import compile_for_h200, dumped_kernels, h200_mesh
+from pallas_kernels.grouped_matmul import mosaic_gpu
+from pallas_kernels.grouped_swiglu import mosaic_gpu as fused
+from pallas_kernels.hopper_tiles import CANDIDATES, SHARED_MEMORY, Tiles, by_rule
+from sharding import Layout
+from sharding.mesh import AXES
+
+pytestmark = pytest.mark.aot
+
+ROWS, EXPERTS, WIDTH, HIDDEN = 16_384, 64, 2048, 1024
+TILES = sorted({tiles._replace(snake=8) for tiles in CANDIDATES} | {by_rule(128, HIDDEN), by_rule(64, 384)})
+
+
+def bf16(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+SIZES = jax.ShapeDtypeStruct((EXPERTS,), jnp.int32)
+ROW_WEIGHTS = jax.ShapeDtypeStruct((ROWS,), jnp.float32)
+EXPERT_INPUTS = (bf16(ROWS, WIDTH), bf16(EXPERTS, WIDTH, HIDDEN), bf16(EXPERTS, WIDTH, HIDDEN), SIZES)
+KERNELS: dict[str, tuple[Callable[..., jax.Array], dict[str, Any], tuple[jax.ShapeDtypeStruct, ...]]] = {
+    "forward": (mosaic_gpu.matmul, {}, (bf16(ROWS, WIDTH), bf16(EXPERTS, WIDTH, HIDDEN), SIZES)),
+    "dgrad": (
+        mosaic_gpu.matmul,
+        {"transpose_rhs": True},
+        (bf16(ROWS, HIDDEN), bf16(EXPERTS, WIDTH, HIDDEN), SIZES),
+    ),
+    "wgrad": (mosaic_gpu.weight_gradient, {}, (bf16(ROWS, WIDTH), bf16(ROWS, HIDDEN), SIZES)),
+    "swiglu": (fused.swiglu, {"save_inputs": True}, (*EXPERT_INPUTS, ROW_WEIGHTS)),
+    "swiglu of inference": (fused.swiglu, {"save_inputs": False, "weights_R": None}, EXPERT_INPUTS),
+}
+
+
+def compiled_kernel(folder: Path, name: str, tiles: Tiles) -> tuple[str, str, str]:
+    """(PTX, the assembler's report, resources) of one kernel."""
+    kernel, options, shapes = KERNELS[name]
+    with dumped_kernels(folder):
+        compile_for_h200(lambda *operands: kernel(*operands, tiles=tiles, **options), *shapes)
+    ptx, report, resources = (
+        next(folder.glob(f"*.{ending}")).read_text() for ending in ("ptx", "ptxas", "resources.txt")
+    )
+    return ptx, report, resources
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=lambda tiles: "x".join(map(str, tiles)))
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_tile_compiles_without_spills(name: str, tiles: Tiles, tmp_path: Path) -> None:
+    if name not in ("forward", "dgrad") and not tiles.suit_every_kernel:
+        with pytest.raises(ValueError, match="takes tiles of 128 rows and depth 64 only"):
+            compiled_kernel(tmp_path, name, tiles)
+        return
+    ptx, report, resources = compiled_kernel(tmp_path, name, tiles)
+    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report) == [("0", "0")]
+    assert "serialized" not in report, "wgmma instructions wait for each other"
+    assert re.search(r"wgmma\.mma_async\.\S*f32\.bf16\.bf16", ptx)
+    assert int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1]) <= tiles.shared_memory <= SHARED_MEMORY
+
+
+def test_a_training_step_holds_no_buffer_of_every_expert_times_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole FoE step with the Hopper kernels in it; a dense masked expansion would need [E, R, D]."""
+    monkeypatch.setattr(backends, "device_kind", lambda: "hopper")
+    rows, length = 4, 512
+    vocabulary = {"model.vocab_size": 2048, "data.tokenizer_vocab_size": 2048}
+    batch = {"data.batch_size": rows, "data.sequence_length": length, "training.gradient_accumulation": 1}
+    config = load_config("foe_1b", {"model.num_layers": 2, "training.remat": "none"} | vocabulary | batch)
+    layout = Layout(h200_mesh(AXES, (1, 1, 1)), "foe")
+    compiled = lower_train_step(config, layout).compile()
+    text, model = compiled.as_text(), config.model
+    # gate, up and down of a layer, each with its two gradients, in the two layer loops
+    assert text.count('custom_call_target="mosaic_gpu') >= 9
+    assert "ragged" not in text
+    all_weights = model.num_layers * model.num_experts * model.hidden_size * model.expert_hidden_size
+    assert all_weights < model.num_experts * rows * length * model.hidden_size
+    assert max(map(_elements, re.findall(r"(?:bf16|f32)\[([\d,]+)\]", text))) <= all_weights
+
+
+def _elements(dims: str) -> int:
+    return math.prod(int(dim) for dim in dims.split(","))
