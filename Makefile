@@ -7,7 +7,7 @@ PYTEST_OPTIONS := -n 2 --dist loadgroup --durations=15 --timeout=900 --timeout-m
 PACKAGES := foejax sharding pallas_kernels
 # What the oldest supported JAX could break: the model, its bindings, the kernels.
 TESTS_311 := $(wildcard tests/test_config.py tests/test_packaging.py tests/test_model*.py tests/test_layout*.py \
-    tests/test_router.py tests/test_grouped_matmul*.py)
+    tests/test_router.py tests/test_grouped_*.py tests/test_routing_topk.py tests/test_combine.py)
 
 .PHONY: help demo test test-slow test-311 test-kernels aot parity lint bench clean
 
@@ -40,8 +40,8 @@ lint: .venv/.installed ## formatting, ruff, mypy
 	.venv/bin/ruff check .
 	.venv/bin/mypy $(PACKAGES)
 
-bench: .venv/.installed ## every benchmark script, experiments/bench_*.py
-	@set -e; for script in $(notdir $(basename $(wildcard experiments/bench_*.py))); do \
+bench: .venv/.installed ## the benchmark scripts of a CPU, experiments/bench_*.py
+	@set -e; for script in $(filter-out bench_kernels,$(notdir $(basename $(wildcard experiments/bench_*.py)))); do \
 	    echo "experiments.$$script"; .venv/bin/python -m experiments.$$script; done
 
 clean: ## remove environments, caches and build outputs; runs/ stays

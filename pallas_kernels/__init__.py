@@ -4,7 +4,9 @@ An operation and its folder share their name, and the function wins: write `from
 for the function and `from pallas_kernels.grouped_matmul.shapes import SHAPES` for something else of the folder.
 """
 
+from pallas_kernels.combine.api import combine
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_swiglu.api import grouped_swiglu
+from pallas_kernels.routing_topk.api import routing_topk
 
-__all__ = ["grouped_matmul", "grouped_swiglu"]
+__all__ = ["combine", "grouped_matmul", "grouped_swiglu", "routing_topk"]

@@ -108,6 +108,14 @@ def pipeline(
     )
 
 
+def num_steps(contracted: int, depth: int) -> jax.Array:
+    """Steps of a pipeline along a contraction, [1], to be read in the kernel.
+
+    It is data because the compiler unrolls a loop that it knows to be short, and then spills.
+    """
+    return jnp.full((1,), contracted // depth, jnp.int32)
+
+
 def nothing(*_: Any, **__: Any) -> None:
     """Stands in where only a pipeline's allocations are asked for."""
 

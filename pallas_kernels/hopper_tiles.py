@@ -53,6 +53,25 @@ class Tiles(NamedTuple):
         return self.stages * stage + 2 * COMPUTE_WARPGROUPS * self.rows * (STORE_COLUMNS + PARTIAL_COLUMNS) + _BARRIERS
 
 
+class FewRowsTiles(NamedTuple):
+    """Tiles of the kernel for few rows an expert: 128 features by `rows` rows (8, 16 or 32) a thread block.
+
+    Attributes:
+      rows: of an expert that a thread block serves at a time.
+      depth: of the contraction a pipeline stage holds.
+      stages: of the pipeline.
+    """
+
+    rows: int
+    depth: int
+    stages: int
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory a thread block needs, barriers rounded up."""
+        return self.stages * 2 * (self.rows + 128) * self.depth + 2 * 128 * self.rows + _BARRIERS
+
+
 CANDIDATES = tuple(
     tiles
     for tiles in itertools.starmap(Tiles, itertools.product((64, 128), (128, 256), (64, 128), _STAGES, (1, 4, 8, 16)))
@@ -65,6 +84,15 @@ def matmul_tiles(num_rows: int, num_experts: int, contracted: int, features: int
     """Tiles of y_RN = x_RK w_EKN: the table's, or by rule."""
     measured = _table().get(_key("matmul", num_rows, num_experts, contracted, features))
     return measured or by_rule(128 if num_rows >= 128 * num_experts else 64, features)
+
+
+def few_rows_tiles(num_rows: int, num_experts: int) -> FewRowsTiles | None:
+    """Tiles for up to 32 rows an expert on average; None for more."""
+    if num_rows > 32 * num_experts:
+        return None
+    share = -(-num_rows // num_experts)
+    rows = next(height for height in (8, 16, 32) if share <= height)
+    return FewRowsTiles(rows, 128, 4)
 
 
 def weight_gradient_tiles(contracted: int, features: int) -> Tiles:

@@ -20,8 +20,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.grouped_matmul import mosaic_gpu_few_rows
 from pallas_kernels.grouped_matmul.row_tiles import list_row_tiles
-from pallas_kernels.hopper_tiles import COMPUTE_WARPGROUPS, Tiles, matmul_tiles, weight_gradient_tiles
+from pallas_kernels.hopper_tiles import (
+    COMPUTE_WARPGROUPS,
+    FewRowsTiles,
+    Tiles,
+    few_rows_tiles,
+    matmul_tiles,
+    weight_gradient_tiles,
+)
 
 
 def refusal(
@@ -37,19 +45,23 @@ def matmul(
     group_sizes_E: jax.Array,
     *,
     transpose_rhs: bool = False,
-    tiles: Tiles | None = None,
+    tiles: Tiles | FewRowsTiles | None = None,
 ) -> jax.Array:
     """y_RN = rows of `x_RK` times their expert's matrix; contract as in `api.grouped_matmul`, without a gradient.
 
     Args:
-      tiles: overrides the choice of `pallas_kernels/hopper_tiles.py`.
+      tiles: overrides the choice of `pallas_kernels/hopper_tiles.py`, and with it the kernel.
     """
     num_rows, contracted = x_RK.shape
     features = w_EKN.shape[1 if transpose_rhs else 2]
+    tiles = tiles or few_rows_tiles(num_rows, w_EKN.shape[0])
+    if isinstance(tiles, FewRowsTiles):
+        return mosaic_gpu_few_rows.matmul(x_RK, w_EKN, group_sizes_E, transpose_rhs=transpose_rhs, tiles=tiles)
     tiles = tiles or matmul_tiles(num_rows, w_EKN.shape[0], contracted, features)
     x_RK = hopper.pad_rows(x_RK, tiles.rows)
     listed = list_row_tiles(group_sizes_E, x_RK.shape[0], tiles.rows, alignment=hopper.ROW_ALIGNMENT, with_padding=True)
-    arguments = (x_RK, w_EKN, listed.experts, listed.firsts, listed.starts, listed.stops)
+    steps = hopper.num_steps(contracted, tiles.depth)
+    arguments = (x_RK, w_EKN, listed.experts, listed.firsts, listed.starts, listed.stops, steps)
     body = functools.partial(_matmul_kernel, tiles=tiles, transpose_rhs=transpose_rhs)
     body.__name__ = "grouped_matmul"  # type: ignore[attr-defined]
     return hopper.launch(body, (x_RK.shape[0], features), arguments)[:num_rows]
@@ -79,6 +91,7 @@ def _matmul_kernel(
     firsts_L: Any,
     starts_L: Any,
     stops_L: Any,
+    steps: Any,
     y_RN: Any,
     *,
     tiles: Tiles,
@@ -94,7 +107,7 @@ def _matmul_kernel(
     )  # fmt: skip
 
     def pipeline(body: Callable[..., Any], compute: Callable[..., Any]) -> Any:
-        return hopper.pipeline(body, compute, x_RK.shape[1] // depth, (x_block, w_block), tiles.stages)
+        return hopper.pipeline(body, compute, steps[0], (x_block, w_block), tiles.stages)
 
     @functools.partial(
         pl.run_scoped,

@@ -46,7 +46,8 @@ def swiglu(
         raise ValueError(f"tiles={tiles}: grouped_swiglu takes tiles of 128 rows and depth 64 only")
     x_RK = hopper.pad_rows(x_RK, tiles.rows)
     listed = list_row_tiles(group_sizes_E, x_RK.shape[0], tiles.rows, alignment=hopper.ROW_ALIGNMENT, with_padding=True)
-    arguments = [x_RK, gate_EKF, up_EKF, listed.experts, listed.firsts, listed.starts, listed.stops]
+    steps = hopper.num_steps(width, tiles.depth)
+    arguments = [x_RK, gate_EKF, up_EKF, listed.experts, listed.firsts, listed.starts, listed.stops, steps]
     if weights_R is not None:
         arguments.append(jnp.pad(weights_R.astype(jnp.float32), (0, x_RK.shape[0] - num_rows)))
     body = functools.partial(_kernel, tiles=tiles, weighted=weights_R is not None)
@@ -63,6 +64,7 @@ def _kernel(
     firsts_L: Any,
     starts_L: Any,
     stops_L: Any,
+    steps: Any,
     *weights_and_results: Any,
     tiles: Tiles,
     weighted: bool,
@@ -76,7 +78,7 @@ def _kernel(
     w_block = ((depth, columns), lambda step: (step, 0))
 
     def pipeline(body: Callable[..., Any], compute: Callable[..., Any]) -> Any:
-        return hopper.pipeline(body, compute, x_RK.shape[1] // depth, (x_block, w_block, w_block), tiles.stages)
+        return hopper.pipeline(body, compute, steps[0], (x_block, w_block, w_block), tiles.stages)
 
     @functools.partial(
         pl.run_scoped,

@@ -18,7 +18,7 @@ from pallas_kernels import backends
 from pallas_kernels.deviceless import compile_for_h200, dumped_kernels, h200_mesh
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_swiglu import mosaic_gpu as fused
-from pallas_kernels.hopper_tiles import CANDIDATES, SHARED_MEMORY, Tiles, by_rule
+from pallas_kernels.hopper_tiles import CANDIDATES, SHARED_MEMORY, FewRowsTiles, Tiles, by_rule, few_rows_tiles
 from sharding import Layout
 from sharding.mesh import AXES
 
@@ -48,7 +48,7 @@ KERNELS: dict[str, tuple[Callable[..., jax.Array], dict[str, Any], tuple[jax.Sha
 }
 
 
-def compiled_kernel(folder: Path, name: str, tiles: Tiles) -> tuple[str, str, str]:
+def compiled_kernel(folder: Path, name: str, tiles: Tiles | FewRowsTiles) -> tuple[str, str, str]:
     """(PTX, the assembler's report, resources) of one kernel."""
     kernel, options, shapes = KERNELS[name]
     with dumped_kernels(folder):
@@ -66,7 +66,45 @@ def test_every_tile_compiles_without_spills(name: str, tiles: Tiles, tmp_path: P
         with pytest.raises(ValueError, match="takes tiles of 128 rows and depth 64 only"):
             compiled_kernel(tmp_path, name, tiles)
         return
-    ptx, report, resources = compiled_kernel(tmp_path, name, tiles)
+    check_compiled(tmp_path, name, tiles)
+
+
+@pytest.mark.parametrize("num_rows", [8, 1024, 2048])
+@pytest.mark.parametrize("name", ["forward", "dgrad"])
+def test_few_rows_compile_without_spills(name: str, num_rows: int, tmp_path: Path) -> None:
+    tiles = few_rows_tiles(num_rows, EXPERTS)
+    assert tiles is not None
+    check_compiled(tmp_path, name, tiles)
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(768, 384), (2048, 1024), (7168, 2048)])
+@pytest.mark.parametrize("num_rows", [512, 16_384])
+def test_the_models_shapes_compile_without_spills(num_rows: int, width: int, hidden: int, tmp_path: Path) -> None:
+    """FoE-1B, FoE-7B and DeepSeek-V3, prefill and decoding, both ways through the experts."""
+    x, gate, down = bf16(num_rows, width), bf16(EXPERTS, width, hidden), bf16(EXPERTS, hidden, width)
+    hidden_rows, weights = bf16(num_rows, hidden), jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+
+    def all_kernels(x: Any, gate: Any, down: Any, hidden_rows: Any, sizes: Any, weights: Any) -> list[jax.Array]:
+        return [
+            mosaic_gpu.matmul(x, gate, sizes),
+            mosaic_gpu.matmul(hidden_rows, down, sizes),
+            mosaic_gpu.matmul(hidden_rows, gate, sizes, transpose_rhs=True),
+            mosaic_gpu.matmul(x, down, sizes, transpose_rhs=True),
+            mosaic_gpu.weight_gradient(x, hidden_rows, sizes),
+            mosaic_gpu.weight_gradient(hidden_rows, x, sizes),
+            *fused.swiglu(x, gate, gate, sizes, weights, save_inputs=True),
+        ]
+
+    with dumped_kernels(tmp_path):
+        compile_for_h200(all_kernels, x, gate, down, hidden_rows, SIZES, weights)
+    reports = [path.read_text() for path in tmp_path.glob("*.ptxas")]
+    assert len(reports) == 7
+    for report in reports:
+        assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report) == [("0", "0")]
+
+
+def check_compiled(folder: Path, name: str, tiles: Tiles | FewRowsTiles) -> None:
+    ptx, report, resources = compiled_kernel(folder, name, tiles)
     assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report) == [("0", "0")]
     assert "serialized" not in report, "wgmma instructions wait for each other"
     assert re.search(r"wgmma\.mma_async\.\S*f32\.bf16\.bf16", ptx)

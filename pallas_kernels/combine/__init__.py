@@ -1,0 +1,1 @@
+"""Weighted sum of each token's expert rows: see `api.py` for the function, `docs/routing_kernels.md` for its use."""
