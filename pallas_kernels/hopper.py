@@ -116,6 +116,19 @@ def num_steps(contracted: int, depth: int) -> jax.Array:
     return jnp.full((1,), contracted // depth, jnp.int32)
 
 
+def weight_block(columns: int, depth: int, *, transposed: bool) -> Any:
+    """(shape, index map) of the weights' block in a step along the contraction; stored [K, N], or [N, K] transposed."""
+    if transposed:
+        return (columns, depth), lambda step: (0, step)
+    return (depth, columns), lambda step: (step, 0)
+
+
+def weight_columns(w_EKN: Any, expert: Any, column: Any, width: int, *, transposed: bool) -> Any:
+    """`width` output features of one expert's weights, from `column` on."""
+    span = pl.ds(column, width)
+    return w_EKN.at[expert, span] if transposed else w_EKN.at[expert, :, span]
+
+
 def nothing(*_: Any, **__: Any) -> None:
     """Stands in where only a pipeline's allocations are asked for."""
 

@@ -82,7 +82,7 @@ CANDIDATES = tuple(
 
 def matmul_tiles(num_rows: int, num_experts: int, contracted: int, features: int) -> Tiles:
     """Tiles of y_RN = x_RK w_EKN: the table's, or by rule."""
-    measured = _table().get(_key("matmul", num_rows, num_experts, contracted, features))
+    measured = _table().get(table_key("matmul", num_rows, num_experts, contracted, features))
     return measured or by_rule(128 if num_rows >= 128 * num_experts else 64, features)
 
 
@@ -97,12 +97,12 @@ def few_rows_tiles(num_rows: int, num_experts: int) -> FewRowsTiles | None:
 
 def weight_gradient_tiles(contracted: int, features: int) -> Tiles:
     """Tiles of dw_EKN = x_RK^T dy_RN: the table's, or by rule."""
-    return _table().get(_key("weight_gradient", 0, 0, contracted, features)) or by_rule(128, features)
+    return _table().get(table_key("weight_gradient", 0, 0, contracted, features)) or by_rule(128, features)
 
 
 def swiglu_tiles(num_rows: int, num_experts: int, width: int, hidden: int) -> Tiles:
     """Tiles of the fused gate and up, half of the columns each: the table's, or by rule."""
-    return _table().get(_key("swiglu", num_rows, num_experts, width, hidden)) or by_rule(128, 256)
+    return _table().get(table_key("swiglu", num_rows, num_experts, width, hidden)) or by_rule(128, 256)
 
 
 def by_rule(rows: int, features: int) -> Tiles:
@@ -112,19 +112,8 @@ def by_rule(rows: int, features: int) -> Tiles:
     return Tiles(rows, columns, 64, fitting[-1], 8)
 
 
-def save_measured(entries: dict[str, Tiles]) -> None:
-    """Replace the table by `entries`, keys from `table_key`."""
-    text = json.dumps({key: list(tiles) for key, tiles in sorted(entries.items())}, indent=1)
-    _TABLE.write_text(text + "\n")
-    _table.cache_clear()
-
-
 def table_key(operation: str, num_rows: int, num_experts: int, contracted: int, features: int) -> str:
     """Key of the table: rows an expert are rounded down to a power of two, since batches differ by little."""
-    return _key(operation, num_rows, num_experts, contracted, features)
-
-
-def _key(operation: str, num_rows: int, num_experts: int, contracted: int, features: int) -> str:
     share = num_rows // num_experts if num_experts else 0
     return f"{operation} {1 << share.bit_length() >> 1}x{contracted}x{features} E{num_experts}"
 

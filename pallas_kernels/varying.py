@@ -6,7 +6,6 @@ With `check_vma=True` (the default) JAX tracks these axes and wants loop carries
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
@@ -18,9 +17,3 @@ def cast_to_varying(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     """The same values, typed as varying over `axes` as well; the transpose is a `psum` over the added axes."""
     missing = tuple(sorted(axes - varying_axes(array)))
     return jax.lax.pcast(array, missing, to="varying") if missing else array
-
-
-def result_type(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *operands: jax.Array) -> jax.ShapeDtypeStruct:
-    """Type of a kernel's result: varying over every mesh axis along which one of its operands varies."""
-    example = cast_to_varying(jnp.zeros((), dtype), varying_axes(*operands))
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(example).manual_axis_type)

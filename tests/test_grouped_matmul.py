@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
+from kernels.cases import Case
 
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul.api import GroupedMatmulError
@@ -27,13 +28,6 @@ from pallas_kernels.grouped_matmul.xla import tile_height
 
 BACKENDS = ("xla",)
 MESH_AXES = ("data", "group", "expert")
-
-
-class Case(NamedTuple):
-    rows: int
-    contracted: int
-    features: int
-    group_sizes: tuple[int, ...]
 
 
 CASES = {

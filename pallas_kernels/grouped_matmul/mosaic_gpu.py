@@ -102,9 +102,7 @@ def _matmul_kernel(
     num_experts, (listed,) = w_EKN.shape[0], experts_L.shape
     grid = (listed, y_RN.shape[1] // columns)
     x_block = ((rows, depth), lambda step: (0, step))
-    w_block: Any = ((columns, depth), lambda step: (0, step)) if transpose_rhs else (
-        (depth, columns), lambda step: (step, 0)
-    )  # fmt: skip
+    w_block = hopper.weight_block(columns, depth, transposed=transpose_rhs)
 
     def pipeline(body: Callable[..., Any], compute: Callable[..., Any]) -> Any:
         return hopper.pipeline(body, compute, steps[0], (x_block, w_block), tiles.stages)
@@ -150,8 +148,7 @@ def _matmul_kernel(
 
             @pl.when((stop > start) & (expert < num_experts))
             def _() -> None:
-                span = pl.ds(block * columns, columns)
-                w = w_EKN.at[expert, span] if transpose_rhs else w_EKN.at[expert, :, span]
+                w = hopper.weight_columns(w_EKN, expert, block * columns, columns, transposed=transpose_rhs)
                 pipeline(multiply, compute)(x_RK.at[pl.ds(first, rows)], w, allocations=allocations)
                 hopper.await_drained(drained)
 

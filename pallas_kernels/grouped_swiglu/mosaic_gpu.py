@@ -75,7 +75,7 @@ def _kernel(
     num_experts, (listed,), hidden = gate_EKF.shape[0], experts_L.shape, gate_EKF.shape[2]
     grid = (listed, hidden // columns)
     x_block = ((tiles.rows, depth), lambda step: (0, step))
-    w_block = ((depth, columns), lambda step: (step, 0))
+    w_block = hopper.weight_block(columns, depth, transposed=False)
 
     def pipeline(body: Callable[..., Any], compute: Callable[..., Any]) -> Any:
         return hopper.pipeline(body, compute, steps[0], (x_block, w_block, w_block), tiles.stages)
@@ -131,8 +131,10 @@ def _kernel(
 
             @pl.when((stop > start) & (expert < num_experts))
             def _() -> None:
-                span = pl.ds(block * columns, columns)
-                weights = gate_EKF.at[expert, :, span], up_EKF.at[expert, :, span]
+                weights = (
+                    hopper.weight_columns(w, expert, block * columns, columns, transposed=False)
+                    for w in (gate_EKF, up_EKF)
+                )
                 pipeline(multiply, compute)(x_RK.at[pl.ds(first, tiles.rows)], *weights, allocations=allocations)
                 hopper.await_drained(drained)
 

@@ -6,35 +6,25 @@ layouts: `test_aot.py` compiles the same kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, PartitionSpec
 
 from kernels.cases import CASES, assert_close, expected_results, make_operands
-from pallas_kernels import grouped_matmul, hopper
+from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.api import GroupedMatmulError
 from pallas_kernels.hopper_tiles import FewRowsTiles, Tiles, few_rows_tiles
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("mosaic_interpreter")]
 
 SMALL = Tiles(rows=64, columns=128, depth=64, stages=2, snake=2)
 WIDE = Tiles(rows=128, columns=256, depth=64, stages=3, snake=1)
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two thread blocks on CPU, so that a block has several tiles."""
-    monkeypatch.setattr(hopper, "num_multiprocessors", lambda: 2)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
 def run(kernel: Callable[..., jax.Array], *arguments: np.ndarray, **options: object) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,18 +10,10 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.cases import CASES, Case, make_operands
-from pallas_kernels import grouped_swiglu, hopper
+from pallas_kernels import grouped_swiglu
 from pallas_kernels.grouped_swiglu import mosaic_gpu
 
-pytestmark = pytest.mark.kernels
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(hopper, "num_multiprocessors", lambda: 2)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("mosaic_interpreter")]
 
 
 def operands(case: Case) -> tuple[np.ndarray, ...]:
