@@ -10,7 +10,7 @@ Shape letters: R rows, N output features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +22,36 @@ from pallas_kernels.hopper_tiles import COMPUTE_WARPGROUPS, PARTIAL_COLUMNS, STO
 from pallas_kernels.varying import cast_to_varying, varying_axes
 
 ROW_ALIGNMENT = 8
+_SWIZZLE = 128
+"""Bytes of a row of shared memory that TMA and wgmma read as one."""
 _MEMORY_REGISTERS = 40
 """Registers a thread of the TMA warpgroup keeps; the compute warpgroups share the rest."""
 _HOPPER_MULTIPROCESSORS = 132
+_QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")
 
 
-def refusal(dtype: jax.typing.DTypeLike, num_rows: int, features: Sequence[int]) -> str | None:
+def refusal(
+    dtype: jax.typing.DTypeLike,
+    num_rows: int,
+    features: Sequence[int],
+    *,
+    transpose_rhs: bool = False,
+    weight_dtype: jax.typing.DTypeLike | None = None,
+) -> str | None:
     """Why the kernels, forward and backward, cannot take such operands, or None.
 
     Args:
       features: sizes of the weights' contracted and output dimensions.
+      weight_dtype: of quantised weights; None where they have the rows' dtype.
     """
     if jax.__version_info__ < (0, 11, 1):
         return f"mosaic_gpu needs jax >= 0.11.1, not {jax.__version__}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"mosaic_gpu takes bfloat16 only, not {jnp.dtype(dtype)}"
+    if weight_dtype is not None and jnp.dtype(weight_dtype).name not in _QUANTIZED_DTYPES:
+        return f"mosaic_gpu takes weights of {' or '.join(_QUANTIZED_DTYPES)}, not {jnp.dtype(weight_dtype)}"
+    if weight_dtype is not None and not transpose_rhs:
+        return "mosaic_gpu takes weights of 8 bits with the contracted axis last only"
     for size in features:
         if size % 128:
             return f"mosaic_gpu takes features in multiples of 128 only, not {size}"
@@ -49,19 +64,29 @@ def num_multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else _HOPPER_MULTIPROCESSORS
 
 
-def pad_rows(x_RK: jax.Array, height: int) -> jax.Array:
+def pad_rows(x: jax.Array, height: int) -> jax.Array:
     """At least `height` rows, and a multiple of the alignment; no copy where they are."""
-    rows = max(height, -(-x_RK.shape[0] // ROW_ALIGNMENT) * ROW_ALIGNMENT)
-    return jnp.pad(x_RK, ((0, rows - x_RK.shape[0]), (0, 0))) if rows > x_RK.shape[0] else x_RK
+    rows = max(height, -(-x.shape[0] // ROW_ALIGNMENT) * ROW_ALIGNMENT)
+    return jnp.pad(x, ((0, rows - x.shape[0]), *((0, 0),) * (x.ndim - 1))) if rows > x.shape[0] else x
 
 
-def launch(body: Callable[..., None], shapes: Any, arguments: Sequence[jax.Array]) -> Any:
-    """Run a kernel `body(*argument refs, *result refs)`; results are bf16 of `shapes`, a pytree of shape tuples.
+def launch(name: str, kernel: Callable[..., None], shapes: Any, operands: Any) -> Any:
+    """Run `kernel(operands, *results)`, where references to them stand for the arrays.
 
-    In `body` the mesh axes are "block" and "warpgroup"; the last warpgroup is the loading one.
+    In `kernel` the mesh axes are "block" and "warpgroup"; the last warpgroup is the loading one.
+
+    Args:
+      shapes: of the results, which are bfloat16; a pytree of tuples.
+      operands: a pytree of arrays.
     """
+    arrays, structure = jax.tree.flatten(operands)
     is_shape = lambda node: isinstance(node, tuple) and all(isinstance(size, int) for size in node)  # noqa: E731
-    kernel = plgpu.kernel(
+
+    def body(*refs: Any) -> None:
+        kernel(jax.tree.unflatten(structure, refs[: len(arrays)]), *refs[len(arrays) :])
+
+    body.__name__ = name
+    run = plgpu.kernel(
         body,
         out_type=jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16), shapes, is_leaf=is_shape),
         grid=(num_multiprocessors(),),
@@ -70,35 +95,56 @@ def launch(body: Callable[..., None], shapes: Any, arguments: Sequence[jax.Array
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    axes = varying_axes(*arguments)
-    return jax.tree.map(lambda result: cast_to_varying(result, axes), kernel(*arguments))
+    axes = varying_axes(*arrays)
+    return jax.tree.map(lambda result: cast_to_varying(result, axes), run(*arrays))
 
 
-def tiled_memory(*shape: int, columns: int = 64) -> Any:
-    """Shared memory for TMA and wgmma: bf16 rows of `columns` elements, swizzled over their bytes."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_swizzled(columns))
+def tiled_memory(*shape: int, columns: int) -> Any:
+    """Shared memory for TMA: bfloat16 rows of `columns` elements, swizzled over their bytes."""
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_swizzled(2 * columns, jnp.bfloat16))
 
 
-def _swizzled(columns: int) -> tuple[Any, ...]:
-    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)  # type: ignore[abstract]
+def _swizzled(row_bytes: int, dtype: jax.typing.DTypeLike) -> tuple[Any, ...]:
+    tile = 8, row_bytes // jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform(tile), plgpu.SwizzleTransform(row_bytes)  # type: ignore[abstract]
+
+
+class Block(NamedTuple):
+    """What a step of a pipeline loads of one operand: a shape, where it lies by the step's indices, the dtype."""
+
+    shape: tuple[Any, ...]
+    index_map: Callable[..., tuple[Any, ...]]
+    dtype: jax.typing.DTypeLike = jnp.bfloat16
 
 
 def pipeline(
-    body: Callable[..., Any], compute: Callable[..., Any], steps: Any, blocks: Sequence[Any], stages: int
+    body: Callable[..., Any],
+    compute: Callable[..., Any],
+    steps: tuple[Any, ...],
+    blocks: Sequence[Block],
+    stages: int,
+    *,
+    delay_release: int,
 ) -> Any:
-    """The warp-specialised pipeline over `steps`: one swizzled block of each operand a step.
-
-    Call `await_drained` behind it, and arrive at its barrier in `compute` once the sums are read.
+    """The warp-specialised pipeline over a grid of `steps`.
 
     Args:
-      blocks: (shape, index map) of each operand.
+      steps: read from data: the compiler unrolls a loop that it knows to be short, and then spills.
+      delay_release: 0 if `body` awaits its products; 1 if it leaves one step's running: then call `await_drained`
+        behind the pipeline, and arrive at its barrier in `compute` once the sums are read.
     """
     specs = [
-        plgpu.BlockSpec(shape, index_map, transforms=_swizzled(64), delay_release=1) for shape, index_map in blocks
+        plgpu.BlockSpec(
+            block.shape,
+            block.index_map,
+            transforms=_swizzled(_SWIZZLE, block.dtype),
+            delay_release=delay_release,
+        )
+        for block in blocks
     ]
     return plgpu.emit_pipeline_warp_specialized(
         body,
-        grid=(steps,),
+        grid=steps,
         memory_registers=_MEMORY_REGISTERS,
         in_specs=specs,
         wg_axis="warpgroup",
@@ -108,29 +154,38 @@ def pipeline(
     )
 
 
-def num_steps(contracted: int, depth: int) -> jax.Array:
-    """Steps of a pipeline along a contraction, [1], to be read in the kernel.
-
-    It is data because the compiler unrolls a loop that it knows to be short, and then spills.
-    """
-    return jnp.full((1,), contracted // depth, jnp.int32)
-
-
-def weight_block(columns: int, depth: int, *, transposed: bool) -> Any:
-    """(shape, index map) of the weights' block in a step along the contraction; stored [K, N], or [N, K] transposed."""
-    if transposed:
-        return (columns, depth), lambda step: (0, step)
-    return (depth, columns), lambda step: (step, 0)
-
-
-def weight_columns(w_EKN: Any, expert: Any, column: Any, width: int, *, transposed: bool) -> Any:
-    """`width` output features of one expert's weights, from `column` on."""
-    span = pl.ds(column, width)
-    return w_EKN.at[expert, span] if transposed else w_EKN.at[expert, :, span]
-
-
 def nothing(*_: Any, **__: Any) -> None:
     """Stands in where only a pipeline's allocations are asked for."""
+
+
+def for_each_tile(grid: tuple[int, int, int], snake: int, scratch: dict[str, Any]) -> Callable[..., None]:
+    """Decorates `body(*indices, **scratch)`, to run for every tile of a grid; the thread blocks take them in turn.
+
+    Args:
+      grid: a number of planes, each of rows by columns of tiles.
+      snake: rows of tiles of a plane that are visited before the next column, for reuse in L2.
+      scratch: types of the memory and barriers that a thread block keeps throughout.
+    """
+    planes, rows, columns = grid
+
+    def decorate(body: Callable[..., None]) -> None:
+        def run(**scratch: Any) -> None:
+            @plgpu.nd_loop((planes * rows * columns,), collective_axes="block")
+            def _(loop: Any) -> None:
+                (index,) = loop.index
+                plane, index = lax.div(index, rows * columns), lax.rem(index, rows * columns)
+                body(plane, *plgpu.planar_snake(index, (rows, columns), 0, snake), **scratch)
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        pl.run_scoped(run, **scratch, collective_axes="warpgroup")
+
+    return decorate
+
+
+def swiglu(gate: Any, up: Any) -> Any:
+    """silu(gate) * up, of float32 sums."""
+    return gate / (1.0 + jnp.exp(-gate)) * up
 
 
 def drain_barrier() -> Any:
@@ -166,8 +221,7 @@ def store_rows(
 ) -> None:
     """Store rows [start, stop) of a tile whose corner is row `first`, column `column` of y; none where stop <= start.
 
-    A whole tile goes through swizzled memory. Rows of a partial one go through plain memory, where TMA may start at any
-    row, in runs of powers of two, because the height of a TMA store is static.
+    A whole tile goes through swizzled memory, the rows of a partial one through plain memory, see `store_runs`.
 
     Args:
       memory: this warpgroup's part of `store_memory`.
@@ -187,17 +241,29 @@ def store_rows(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             partial[...] = values[:, offset : offset + PARTIAL_COLUMNS]
             plgpu.commit_smem()
-            run = rows // 2
-            while run:
+            store_runs(y_RN, partial, first=first, column=column + offset, start=start, stop=stop, longest=rows // 2)
 
-                @pl.when((live & run) != 0)
-                def _(run: int = run, offset: int = offset) -> None:
-                    row = start + live // (2 * run) * (2 * run)
-                    plgpu.copy_smem_to_gmem(
-                        partial.at[pl.ds(row - first, run)],
-                        y_RN.at[pl.ds(row, run), pl.ds(column + offset, PARTIAL_COLUMNS)],
-                        commit_group=False,
-                    )
 
-                run //= 2
-            plgpu.commit_smem_to_gmem_group()
+def store_runs(y_RN: Any, memory: Any, *, first: Any, column: Any, start: Any, stop: Any, longest: int) -> None:
+    """Store rows [start, stop) of plain memory that holds rows of y from `first` on, columns from `column` on.
+
+    They go in runs of powers of two, because the height of a TMA store is static; from plain memory, because from
+    swizzled memory TMA starts at every eighth row only.
+
+    Args:
+      longest: run; `stop` - `start` is less than twice as much.
+    """
+    live, run = stop - start, longest
+    while run:
+
+        @pl.when((live & run) != 0)
+        def _(run: int = run) -> None:
+            row = start + live // (2 * run) * (2 * run)
+            plgpu.copy_smem_to_gmem(
+                memory.at[pl.ds(row - first, run)],
+                y_RN.at[pl.ds(row, run), pl.ds(column, memory.shape[1])],
+                commit_group=False,
+            )
+
+        run //= 2
+    plgpu.commit_smem_to_gmem_group()

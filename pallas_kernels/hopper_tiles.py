@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 COMPUTE_WARPGROUPS = 2
+SWAPPED_COLUMNS = 128
+SWAPPED_DEPTH = 128
+"""Features of the weights, and steps of the contraction, that a stage of the swapped kernel holds."""
 STORE_COLUMNS = 32
 PARTIAL_COLUMNS = 32
 """Columns that pass through shared memory at a time on their way out, of whole and of partial row tiles."""
@@ -53,23 +56,21 @@ class Tiles(NamedTuple):
         return self.stages * stage + 2 * COMPUTE_WARPGROUPS * self.rows * (STORE_COLUMNS + PARTIAL_COLUMNS) + _BARRIERS
 
 
-class FewRowsTiles(NamedTuple):
-    """Tiles of the kernel for few rows an expert: 128 features by `rows` rows (8, 16 or 32) a thread block.
+class SwappedTiles(NamedTuple):
+    """Tiles of the kernel with swapped operands: `SWAPPED_COLUMNS` features by `rows` rows, `SWAPPED_DEPTH` a stage.
 
     Attributes:
-      rows: of an expert that a thread block serves at a time.
-      depth: of the contraction a pipeline stage holds.
+      rows: of an expert that a thread block serves at a time: 8, 16, 32 or 64.
       stages: of the pipeline.
     """
 
     rows: int
-    depth: int
     stages: int
 
-    @property
-    def shared_memory(self) -> int:
-        """Bytes of shared memory a thread block needs, barriers rounded up."""
-        return self.stages * 2 * (self.rows + 128) * self.depth + 2 * 128 * self.rows + _BARRIERS
+    def shared_memory(self, itemsize: int, num_weights: int) -> int:
+        """Bytes of shared memory a thread block needs, barriers rounded up; `itemsize` of the weights."""
+        stage = (2 * self.rows + itemsize * num_weights * SWAPPED_COLUMNS) * SWAPPED_DEPTH
+        return self.stages * stage + 2 * SWAPPED_COLUMNS * self.rows + _BARRIERS
 
 
 CANDIDATES = tuple(
@@ -80,19 +81,29 @@ CANDIDATES = tuple(
 """What a sweep on a GPU tries; the product alone takes all of them."""
 
 
-def matmul_tiles(num_rows: int, num_experts: int, contracted: int, features: int) -> Tiles:
-    """Tiles of y_RN = x_RK w_EKN: the table's, or by rule."""
-    measured = _table().get(table_key("matmul", num_rows, num_experts, contracted, features))
+def matmul_tiles(
+    num_rows: int, num_experts: int, contracted: int, features: int, *, transpose_rhs: bool = False
+) -> Tiles:
+    """Tiles of y_RN = x_RK w_EKN, with weights stored [E, N, K] if `transpose_rhs`: the table's, or by rule."""
+    operation = "matmul transposed" if transpose_rhs else "matmul"
+    measured = _table().get(table_key(operation, num_rows, num_experts, contracted, features))
     return measured or by_rule(128 if num_rows >= 128 * num_experts else 64, features)
 
 
-def few_rows_tiles(num_rows: int, num_experts: int) -> FewRowsTiles | None:
-    """Tiles for up to 32 rows an expert on average; None for more."""
-    if num_rows > 32 * num_experts:
+def swapped_tiles(num_rows: int, num_experts: int, itemsize: int, *, num_weights: int) -> SwappedTiles | None:
+    """Tiles with swapped operands, for weights of 8 bits, or up to 32 rows an expert on average; None for others.
+
+    Tiles start at aligned rows: with 7 rows more than an expert has on average, most experts need one tile only.
+
+    Args:
+      itemsize: bytes of an element of the weights.
+    """
+    if itemsize > 1 and num_rows > 32 * num_experts:
         return None
     share = -(-num_rows // num_experts)
-    rows = next(height for height in (8, 16, 32) if share <= height)
-    return FewRowsTiles(rows, 128, 4)
+    rows = next((height for height in (8, 16, 32) if share + 7 <= height), 64)
+    fitting = [s for s in _STAGES if SwappedTiles(rows, s).shared_memory(itemsize, num_weights) <= SHARED_MEMORY]
+    return SwappedTiles(rows, fitting[-1])
 
 
 def weight_gradient_tiles(contracted: int, features: int) -> Tiles:
@@ -113,7 +124,12 @@ def by_rule(rows: int, features: int) -> Tiles:
 
 
 def table_key(operation: str, num_rows: int, num_experts: int, contracted: int, features: int) -> str:
-    """Key of the table: rows an expert are rounded down to a power of two, since batches differ by little."""
+    """Key of the table: rows an expert are rounded down to a power of two, since batches differ by little.
+
+    Args:
+      operation: "matmul", "matmul transposed" (weights stored [E, N, K], as in the gradient of x), "swiglu", or
+        "weight_gradient", with no rows and experts.
+    """
     share = num_rows // num_experts if num_experts else 0
     return f"{operation} {1 << share.bit_length() >> 1}x{contracted}x{features} E{num_experts}"
 

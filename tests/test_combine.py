@@ -295,6 +295,7 @@ def test_bad_arguments_name_the_way_out(change: dict[str, object], message: str)
 
 def test_a_missing_package_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jax_triton", None)
-    monkeypatch.delitem(sys.modules, "pallas_kernels.combine.triton", raising=False)
+    for module in ("combine.triton", "jax_triton_launch"):
+        monkeypatch.delitem(sys.modules, f"pallas_kernels.{module}", raising=False)
     with pytest.raises(CombineError, match=r"'triton': triton needs the extra foejax\[triton\] .*: xla, reference"):
         combine(*make_operands(Case(4, 2, 5, 8), "float32")[:4], implementation="triton")

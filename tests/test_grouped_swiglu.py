@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import grouped_matmul, grouped_swiglu
+from pallas_kernels.gathered_rows import GatheredRows
 from pallas_kernels.grouped_matmul.api import GroupedMatmulError
 from pallas_kernels.grouped_swiglu.api import PREACTIVATIONS
 
@@ -98,6 +99,33 @@ def test_gradients_inside_shard_map() -> None:
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
+def test_rows_of_tokens_are_the_rows_themselves_and_save_the_tokens_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """30 tokens with two experts each or one; rows 40 to 79 are padding."""
+    random, sizes = np.random.default_rng(1), jnp.asarray([11, 0, 20, 9], jnp.int32)
+    _, gate, up, weights, cotangent = operands((11, 0, 20, 9), "float32")
+    x_NK = jnp.asarray(random.normal(size=(30, 16)), jnp.float32)
+    token_R = np.full(80, 30)
+    token_R[:40] = random.permutation(np.r_[:30, :10])
+    row_AN = np.full((2, 30), 80)
+    for row, token in enumerate(token_R[:40]):
+        row_AN[int(row_AN[0, token] < 80), token] = row
+    rows = GatheredRows(jnp.asarray(token_R, jnp.int32), jnp.asarray(row_AN, jnp.int32))
+
+    def gathered(x: jax.Array, gate: jax.Array, up: jax.Array, weights: jax.Array) -> jax.Array:
+        return grouped_swiglu(x, gate, up, sizes, rows=rows, row_weights_R=weights)
+
+    def copied(x: jax.Array, gate: jax.Array, up: jax.Array, weights: jax.Array) -> jax.Array:
+        x_RK = jnp.where(token_R[:, None] < 30, x[np.minimum(token_R, 29)], jnp.zeros_like(x[:1]))
+        return grouped_swiglu(x_RK, gate, up, sizes, row_weights_R=weights)
+
+    arrays = [x_NK, gate, up, weights, cotangent]
+    for found, wanted in zip(value_and_gradients(gathered, arrays), value_and_gradients(copied, arrays), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+    print_saved_residuals(gathered, x_NK, gate, up, jnp.nan_to_num(weights))
+    saved = capsys.readouterr().out
+    assert "[30,16]" in saved and "[80,16]" not in saved
+
+
 def test_a_checkpoint_policy_can_save_its_residuals(capsys: pytest.CaptureFixture[str]) -> None:
     x, gate, up, _, _ = operands(SIZES["one"], "float32")
     sizes = jnp.asarray(SIZES["one"], jnp.int32)
@@ -114,12 +142,16 @@ def test_a_checkpoint_policy_can_save_its_residuals(capsys: pytest.CaptureFixtur
     [
         ({"up_EKF": jnp.ones((2, 3, 6))}, r"gate_EKF is float32\(2, 3, 5\) and up_EKF is float32\(2, 3, 6\): make"),
         ({"row_weights_R": jnp.ones(3)}, r"row_weights_R has shape \(3,\): give one per row, \(4,\)"),
-        ({"x_RK": jnp.ones((4, 7))}, "x_RK has 7 features"),
+        ({"x_XK": jnp.ones((4, 7))}, "x_RK has 7 features"),
+        (
+            {"rows": GatheredRows(jnp.zeros(6, jnp.int32), jnp.zeros((2, 3), jnp.int32))},
+            r"rows.token_R has shape \(6,\) and rows.row_AN \(2, 3\): .* with the 4 tokens of x_XK",
+        ),
         ({"implementation": "mosaic_gpu"}, "takes bfloat16 only, not float32|needs jax >= 0.11.1"),
     ],
 )
 def test_bad_arguments_name_the_way_out(change: dict[str, object], message: str) -> None:
     weights = jnp.ones((2, 3, 5))
-    arguments = {"x_RK": jnp.ones((4, 3)), "gate_EKF": weights, "up_EKF": weights}
+    arguments = {"x_XK": jnp.ones((4, 3)), "gate_EKF": weights, "up_EKF": weights}
     with pytest.raises(GroupedMatmulError, match=message):
         grouped_swiglu(**({"group_sizes_E": jnp.ones(2, jnp.int32)} | arguments | change))

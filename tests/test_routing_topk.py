@@ -280,6 +280,7 @@ def test_bad_arguments_name_the_way_out(change: dict[str, object], message: str)
 
 def test_a_missing_package_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jax_triton", None)
-    monkeypatch.delitem(sys.modules, "pallas_kernels.routing_topk.triton", raising=False)
+    for module in ("routing_topk.triton", "jax_triton_launch"):
+        monkeypatch.delitem(sys.modules, f"pallas_kernels.{module}", raising=False)
     with pytest.raises(RoutingTopkError, match=r"'triton': triton needs the extra foejax\[triton\] .*: xla, reference"):
         routing_topk(jnp.ones((4, 6)), 2, implementation="triton")

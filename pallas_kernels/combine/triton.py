@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import jax_triton
 import numpy as np
 import triton
 import triton.language as tl
 
-from pallas_kernels.varying import cast_to_varying, varying_axes
+from pallas_kernels.jax_triton_launch import launch
 
 _MOST_CHOICES = 64
 _WIDEST_TILE, _NARROWEST_TILE = 1024, 128
@@ -36,23 +35,18 @@ def weighted_sum(rows_RD: jax.Array, row_Nk: jax.Array, weights_Nk: jax.Array) -
     num_rows, columns = rows_RD.shape
     tokens, k = row_Nk.shape
     width = tile_width(columns)
-    if tokens * columns == 0:
-        return jnp.zeros_like(rows_RD, shape=(tokens, columns))
-    out_ND = jax_triton.triton_call(
-        rows_RD,
-        row_Nk,
-        weights_Nk,
-        num_rows,
-        kernel=_weighted_sum_kernel,
-        out_shape=jax.ShapeDtypeStruct((tokens, columns), rows_RD.dtype),
-        grid=(tokens, triton.cdiv(columns, width)),
+    (out_ND,) = launch(
+        _weighted_sum_kernel,
+        (rows_RD, row_Nk, weights_Nk, num_rows),
+        [jax.ShapeDtypeStruct((tokens, columns), rows_RD.dtype)],
         name="combine",
+        grid=(tokens, triton.cdiv(columns, width)),
         num_warps=max(width // _COLUMNS_OF_A_WARP, 1),
         COLUMNS=columns,
         K=k,
         WIDTH=width,
     )
-    return cast_to_varying(out_ND, varying_axes(rows_RD, row_Nk, weights_Nk))
+    return out_ND
 
 
 @jax.jit
@@ -65,27 +59,18 @@ def gradients(
     width = tile_width(columns)
     sum_dtype = np.promote_types(rows_RD.dtype, np.float32)
     if rows_RD.size == 0:
-        return jnp.zeros_like(rows_RD), jnp.zeros_like(weights_Nk)
-    drows_RD, product_R = jax_triton.triton_call(
-        dout_ND,
-        rows_RD,
-        weights_Nk,
-        choice_R,
-        tokens * k,
-        kernel=_gradients_kernel,
-        out_shape=[
-            jax.ShapeDtypeStruct(rows_RD.shape, rows_RD.dtype),
-            jax.ShapeDtypeStruct((num_rows,), sum_dtype),
-        ],
-        grid=(num_rows,),
+        return jnp.zeros_like(rows_RD), jnp.zeros_like(weights_Nk)  # there is nothing to take from
+    drows_RD, product_R = launch(
+        _gradients_kernel,
+        (dout_ND, rows_RD, weights_Nk, choice_R, tokens * k),
+        [jax.ShapeDtypeStruct(rows_RD.shape, rows_RD.dtype), jax.ShapeDtypeStruct((num_rows,), sum_dtype)],
         name="combine_gradients",
+        grid=(num_rows,),
         num_warps=max(width // _COLUMNS_OF_A_WARP, 1),
         COLUMNS=columns,
         K=k,
         WIDTH=width,
     )
-    axes = varying_axes(dout_ND, rows_RD, row_Nk, weights_Nk, choice_R)
-    drows_RD, product_R = cast_to_varying(drows_RD, axes), cast_to_varying(product_R, axes)
     row_Nk = jnp.where(row_Nk < 0, num_rows, row_Nk)
     dweights_Nk = jnp.take(product_R, row_Nk, axis=0, mode="fill", fill_value=0)
     return drows_RD, dweights_Nk.astype(weights_Nk.dtype)

@@ -1,4 +1,4 @@
-"""The Triton kernels of grouped_matmul; `triton.py` says with which arguments they start.
+"""The Triton kernels of grouped_matmul, and what those of other operations on sorted rows share with them.
 
 Every size is a constant of the compilation, as shapes are in JAX: Triton then knows how far addresses are aligned.
 Offsets of a whole block are int64 (an array may hold more than 2^31 numbers), offsets within a block int32.
@@ -12,9 +12,53 @@ import triton.language as tl
 
 
 @triton.jit
+def find_task(
+    experts_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    stops_ptr: tl.tensor,
+    num_tasks: tl.constexpr,
+    N: tl.constexpr,
+    BN: tl.constexpr,
+    tasks_side_by_side: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """This program's task as expert, first row and one past its last row, and the first of its output features.
+
+    Programs that run at the same time share a few tasks' rows and a few blocks of weights, which stay in L2.
+    """
+    blocks_N: tl.constexpr = (N + BN - 1) // BN
+    program = tl.program_id(0)
+    task, block_N = tl.swizzle2d(program // blocks_N, program % blocks_N, num_tasks, blocks_N, tasks_side_by_side)
+    return tl.load(experts_ptr + task), tl.load(starts_ptr + task), tl.load(stops_ptr + task), block_N * BN
+
+
+@triton.jit
+def load_slice(
+    ptrs: tl.tensor,
+    inside: tl.tensor,
+    index_K: tl.tensor,
+    left: tl.tensor,
+    dtype: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+) -> tl.tensor:
+    """BK contracted features of a block, as `dtype`; 0 where not `inside`, and past the `left` features until K ends.
+
+    Numbers of 8 bits convert exactly to either dtype of rows.
+    """
+    if K % BK != 0:
+        inside = inside & (index_K < left)
+    block = tl.load(ptrs, mask=inside, other=0.0)
+    if block.dtype == tl.float8e4nv:
+        # To bfloat16 in one step, Hopper would take an instruction for each number that others take for two.
+        block = block.to(tl.float16).to(tl.float32)
+    return block.to(dtype)
+
+
+@triton.jit
 def multiply_rows(
     x_ptr: tl.tensor,
     w_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
     experts_ptr: tl.tensor,
     starts_ptr: tl.tensor,
     stops_ptr: tl.tensor,
@@ -25,6 +69,7 @@ def multiply_rows(
     N: tl.constexpr,
     w_stride_K: tl.constexpr,
     w_stride_N: tl.constexpr,
+    has_scales: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
@@ -33,18 +78,12 @@ def multiply_rows(
     """Writes one block of y [R, N]: the rows of one task by BN of their expert's output features.
 
     experts, starts and stops [L] int32 hold each task's expert, first row and one past its last row. Tasks of expert E
-    write zeros; tasks without rows do nothing. w is [E, K, N] or [E, N, K], as its strides say.
+    write zeros; tasks without rows do nothing. w is [E, K, N] or [E, N, K], as its strides say, of the rows' dtype or
+    with `scales` [E, N] float32 of 8 bits.
     """
-    blocks_N: tl.constexpr = (N + BN - 1) // BN
-    program = tl.program_id(0)
-    # Programs that run at the same time share a few tasks' rows and a few blocks of weights, which stay in L2.
-    task, block_N = tl.swizzle2d(program // blocks_N, program % blocks_N, num_tasks, blocks_N, tasks_side_by_side)
-    expert = tl.load(experts_ptr + task)
-    start = tl.load(starts_ptr + task)
-    stop = tl.load(stops_ptr + task)
+    expert, start, stop, first_N = find_task(experts_ptr, starts_ptr, stops_ptr, num_tasks, N, BN, tasks_side_by_side)
     if start >= stop:
         return
-    first_N = block_N * BN
     row_M1 = tl.arange(0, BM)[:, None]
     feature_1N = tl.arange(0, BN)[None, :]
     in_use_M1 = row_M1 < stop - start
@@ -53,17 +92,17 @@ def multiply_rows(
     x_ptrs = x_ptr + start.to(tl.int64) * K + row_M1 * K + index_K[None, :]
     w_ptrs = w_ptr + expert.to(tl.int64) * (K * N) + first_N.to(tl.int64) * w_stride_N
     w_ptrs = w_ptrs + index_K[:, None] * w_stride_K + feature_1N * w_stride_N
+    row_type: tl.constexpr = x_ptr.dtype.element_ty
     sum_MN = tl.zeros((BM, BN), tl.float32)
     for done in range(0, tl.where(expert < num_experts, K, 0), BK):
-        if K % BK == 0:
-            x_MK = tl.load(x_ptrs, mask=in_use_M1, other=0.0)
-            w_KN = tl.load(w_ptrs, mask=inside_1N, other=0.0)
-        else:
-            x_MK = tl.load(x_ptrs, mask=in_use_M1 & (index_K[None, :] < K - done), other=0.0)
-            w_KN = tl.load(w_ptrs, mask=inside_1N & (index_K[:, None] < K - done), other=0.0)
+        x_MK = load_slice(x_ptrs, in_use_M1, index_K[None, :], K - done, row_type, K, BK)
+        w_KN = load_slice(w_ptrs, inside_1N, index_K[:, None], K - done, row_type, K, BK)
         sum_MN = tl.dot(x_MK, w_KN, sum_MN, input_precision="ieee")
         x_ptrs += BK
         w_ptrs += BK * w_stride_K
+    if has_scales:
+        scales_ptrs = scales_ptr + expert.to(tl.int64) * N + first_N + feature_1N
+        sum_MN *= tl.load(scales_ptrs, mask=inside_1N & (expert < num_experts), other=0)
     y_ptrs = y_ptr + start.to(tl.int64) * N + first_N + row_M1 * N + feature_1N
     tl.store(y_ptrs, sum_MN.to(y_ptr.dtype.element_ty), mask=in_use_M1 & inside_1N)
 

@@ -22,8 +22,18 @@ _SMALLEST_TILE, _LARGEST_TILE = 8, 128
 _STORING_BFLOAT16_IS_EMULATED = jax.__version_info__ < (0, 11)
 
 
-def matmul(x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, *, transpose_rhs: bool = False) -> jax.Array:
-    """y_RN = rows of `x_RK` times their expert's matrix; contract as in `api.grouped_matmul`, without a gradient."""
+def matmul(
+    x_RK: jax.Array,
+    w_EKN: jax.Array,
+    group_sizes_E: jax.Array,
+    *,
+    transpose_rhs: bool = False,
+    scales_EN: jax.Array | None = None,
+) -> jax.Array:
+    """y_RN = rows of `x_RK` times their expert's matrix; contract as in `api.grouped_matmul`, without a gradient.
+
+    With `scales_EN` the weights are of 8 bits, and an expert's are converted while its tile is multiplied.
+    """
     num_rows, num_experts = x_RK.shape[0], w_EKN.shape[0]
     num_features = w_EKN.shape[1 if transpose_rhs else 2]
     axes = varying_axes(x_RK, w_EKN, group_sizes_E)
@@ -37,8 +47,11 @@ def matmul(x_RK: jax.Array, w_EKN: jax.Array, group_sizes_E: jax.Array, *, trans
     def multiply_tile(index: jax.Array, y_RN: jax.Array) -> jax.Array:
         first_row, in_use_M1 = _window(tiles, index, height)
         x_MK = lax.dynamic_slice_in_dim(x_RK, first_row, height)
-        w_KN = lax.dynamic_index_in_dim(w_EKN, tiles.experts[index], keepdims=False)
+        expert = tiles.experts[index]
+        w_KN = lax.dynamic_index_in_dim(w_EKN, expert, keepdims=False).astype(x_RK.dtype)
         y_MN = lax.dot_general(x_MK, w_KN, contraction, preferred_element_type=_sum_dtype(x_RK))
+        if scales_EN is not None:
+            y_MN = y_MN * lax.dynamic_index_in_dim(scales_EN, expert).astype(y_MN.dtype)
         y_MN = _to_storable(y_MN.astype(x_RK.dtype))
         other_MN = lax.dynamic_slice_in_dim(y_RN, first_row, height)
         return lax.dynamic_update_slice_in_dim(y_RN, jnp.where(in_use_M1, y_MN, other_MN), first_row, 0)

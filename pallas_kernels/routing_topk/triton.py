@@ -13,12 +13,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jax_triton
 import numpy as np
 import triton
 import triton.language as tl
 
-from pallas_kernels.varying import cast_to_varying, varying_axes
+from pallas_kernels.jax_triton_launch import launch
 
 _MOST_CHOICES = 31
 _WIDEST_TILE = 512
@@ -42,20 +41,17 @@ def choose(
     best = triton.next_power_of_2(k + 1)
     height, width = tile_shape(tokens, experts)
     tokens_per_bias = 1 if bias_GE is None else max(tokens // bias_GE.shape[0], 1)
-    values_Nk, indices_Nk, count_N, margin_N = jax_triton.triton_call(
-        scores_NE,
-        scores_NE if bias_GE is None else bias_GE,
-        tokens,
-        tokens_per_bias,
-        kernel=_choose_kernel,
-        out_shape=[
+    values_Nk, indices_Nk, count_N, margin_N = launch(
+        _choose_kernel,
+        (scores_NE, bias_GE, tokens, tokens_per_bias),
+        [
             jax.ShapeDtypeStruct((tokens, k), scores_NE.dtype),
             jax.ShapeDtypeStruct((tokens, k), jnp.int32),
             jax.ShapeDtypeStruct((tokens,), jnp.int32),
             jax.ShapeDtypeStruct((tokens,), np.promote_types(scores_NE.dtype, np.float32)),
         ],
-        grid=(max(triton.cdiv(tokens, height), 1),),
         name="routing_topk",
+        grid=(triton.cdiv(tokens, height),),
         num_warps=1,
         NUM_EXPERTS=experts,
         K=k,
@@ -65,10 +61,6 @@ def choose(
         CANDIDATES=best,
     )
     valid_Nk = jnp.arange(k, dtype=jnp.int32)[None, :] < count_N[:, None]
-    axes = varying_axes(scores_NE)
-    values_Nk, indices_Nk, valid_Nk, margin_N = (
-        cast_to_varying(array, axes) for array in (values_Nk, indices_Nk, valid_Nk, margin_N)
-    )
     return values_Nk, indices_Nk, valid_Nk, margin_N
 
 
@@ -77,21 +69,19 @@ def spread(dvalues_Nk: jax.Array, indices_Nk: jax.Array, num_experts: int) -> ja
     """dscores_NE: each value's gradient at its expert, zero elsewhere; an index out of range means none."""
     tokens, k = indices_Nk.shape
     height, width = tile_shape(tokens, num_experts)
-    dscores_NE = jax_triton.triton_call(
-        dvalues_Nk,
-        indices_Nk,
-        tokens,
-        kernel=_spread_kernel,
-        out_shape=jax.ShapeDtypeStruct((tokens, num_experts), dvalues_Nk.dtype),
-        grid=(max(triton.cdiv(tokens, height), 1), triton.cdiv(num_experts, width)),
+    (dscores_NE,) = launch(
+        _spread_kernel,
+        (dvalues_Nk, indices_Nk, tokens),
+        [jax.ShapeDtypeStruct((tokens, num_experts), dvalues_Nk.dtype)],
         name="routing_topk_gradient",
+        grid=(triton.cdiv(tokens, height), triton.cdiv(num_experts, width)),
         num_warps=1,
         NUM_EXPERTS=num_experts,
         K=k,
         HEIGHT=height,
         WIDTH=width,
     )
-    return cast_to_varying(dscores_NE, varying_axes(dvalues_Nk, indices_Nk))
+    return dscores_NE
 
 
 def tile_shape(tokens: int, experts: int) -> tuple[int, int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pallas_kernels import backends
 from pallas_kernels.deviceless import compile_for_h200, dumped_kernels, h200_mesh
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_swiglu import mosaic_gpu as fused
-from pallas_kernels.hopper_tiles import CANDIDATES, SHARED_MEMORY, FewRowsTiles, Tiles, by_rule, few_rows_tiles
+from pallas_kernels.hopper_tiles import CANDIDATES, SHARED_MEMORY, Tiles, by_rule, swapped_tiles
 from sharding import Layout
 from sharding.mesh import AXES
 
@@ -32,6 +33,12 @@ def bf16(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
+def weighted_swiglu(
+    x: jax.Array, gate: jax.Array, up: jax.Array, sizes: jax.Array, weights: jax.Array, **options: Any
+) -> tuple[jax.Array, ...]:
+    return fused.swiglu(x, gate, up, sizes, weights_R=weights, **options)
+
+
 SIZES = jax.ShapeDtypeStruct((EXPERTS,), jnp.int32)
 ROW_WEIGHTS = jax.ShapeDtypeStruct((ROWS,), jnp.float32)
 EXPERT_INPUTS = (bf16(ROWS, WIDTH), bf16(EXPERTS, WIDTH, HIDDEN), bf16(EXPERTS, WIDTH, HIDDEN), SIZES)
@@ -43,38 +50,71 @@ KERNELS: dict[str, tuple[Callable[..., jax.Array], dict[str, Any], tuple[jax.Sha
         (bf16(ROWS, HIDDEN), bf16(EXPERTS, WIDTH, HIDDEN), SIZES),
     ),
     "wgrad": (mosaic_gpu.weight_gradient, {}, (bf16(ROWS, WIDTH), bf16(ROWS, HIDDEN), SIZES)),
-    "swiglu": (fused.swiglu, {"save_inputs": True}, (*EXPERT_INPUTS, ROW_WEIGHTS)),
-    "swiglu of inference": (fused.swiglu, {"save_inputs": False, "weights_R": None}, EXPERT_INPUTS),
+    "swiglu": (weighted_swiglu, {"save_inputs": True}, (*EXPERT_INPUTS, ROW_WEIGHTS)),
+    "swiglu of inference": (fused.swiglu, {"save_inputs": False}, EXPERT_INPUTS),
 }
 
 
-def compiled_kernel(folder: Path, name: str, tiles: Tiles | FewRowsTiles) -> tuple[str, str, str]:
-    """(PTX, the assembler's report, resources) of one kernel."""
-    kernel, options, shapes = KERNELS[name]
+def check_compiled(folder: Path, kernel: Callable[..., Any], shapes: Sequence[Any], shared_memory: int) -> str:
+    """PTX of one kernel, compiled and checked."""
     with dumped_kernels(folder):
-        compile_for_h200(lambda *operands: kernel(*operands, tiles=tiles, **options), *shapes)
+        compile_for_h200(kernel, *shapes)
     ptx, report, resources = (
         next(folder.glob(f"*.{ending}")).read_text() for ending in ("ptx", "ptxas", "resources.txt")
     )
-    return ptx, report, resources
+    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report) == [("0", "0")]
+    assert "serialized" not in report, "wgmma instructions wait for each other"
+    assert re.search(r"wgmma\.mma_async\.\S*f32\.bf16\.bf16", ptx)
+    assert int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1]) <= shared_memory <= SHARED_MEMORY
+    return ptx
 
 
 @pytest.mark.parametrize("tiles", TILES, ids=lambda tiles: "x".join(map(str, tiles)))
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_tile_compiles_without_spills(name: str, tiles: Tiles, tmp_path: Path) -> None:
+    kernel, options, shapes = KERNELS[name]
+    run = functools.partial(kernel, tiles=tiles, **options)
     if name not in ("forward", "dgrad") and not tiles.suit_every_kernel:
         with pytest.raises(ValueError, match="takes tiles of 128 rows and depth 64 only"):
-            compiled_kernel(tmp_path, name, tiles)
+            compile_for_h200(run, *shapes)
         return
-    check_compiled(tmp_path, name, tiles)
+    check_compiled(tmp_path, run, shapes, tiles.shared_memory)
 
 
-@pytest.mark.parametrize("num_rows", [8, 1024, 2048])
-@pytest.mark.parametrize("name", ["forward", "dgrad"])
-def test_few_rows_compile_without_spills(name: str, num_rows: int, tmp_path: Path) -> None:
-    tiles = few_rows_tiles(num_rows, EXPERTS)
+@pytest.mark.parametrize("rows", [8, 16, 32, 64])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("matmul", "bfloat16"),
+        ("matmul transposed", "bfloat16"),
+        ("matmul transposed", "int8"),
+        ("matmul transposed", "float8_e4m3fn"),
+        ("swiglu", "bfloat16"),
+        ("swiglu", "int8"),
+        ("swiglu", "float8_e4m3fn"),
+    ],
+)
+def test_swapped_operands_compile_without_spills(name: str, dtype: str, rows: int, tmp_path: Path) -> None:
+    quantized, num_weights = dtype != "bfloat16", 2 if name == "swiglu" else 1
+    num_rows, itemsize = EXPERTS * min(rows - 7, 32), jnp.dtype(dtype).itemsize
+    tiles = swapped_tiles(num_rows, EXPERTS, itemsize, num_weights=num_weights)
     assert tiles is not None
-    check_compiled(tmp_path, name, tiles)
+    assert tiles.rows == rows
+    transposed = quantized or name == "matmul transposed"
+    w = jax.ShapeDtypeStruct((EXPERTS, HIDDEN, WIDTH) if transposed else (EXPERTS, WIDTH, HIDDEN), dtype)
+    scales = jax.ShapeDtypeStruct((EXPERTS, HIDDEN), jnp.float32) if quantized else None
+    weights = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+
+    def run(x: jax.Array, w: jax.Array, sizes: jax.Array, scales: jax.Array | None, weights: jax.Array) -> Any:
+        if name == "swiglu":
+            pair = None if scales is None else (scales, scales)
+            return fused.swiglu(x, w, w, sizes, weights_R=weights, scales=pair, save_inputs=False)
+        return mosaic_gpu.matmul(x, w, sizes, transpose_rhs=transposed, scales_EN=scales)
+
+    shapes = (bf16(num_rows, WIDTH), w, SIZES, scales, weights)
+    ptx = check_compiled(tmp_path, run, shapes, tiles.shared_memory(itemsize, num_weights))
+    left = {match[1] for match in re.finditer(r"wgmma\.mma_async\S+ \{[^}]*\}, (\{|%rd)", ptx)}
+    assert left == {"{" if quantized else "%rd"}, "weights of 8 bits are the left operand from registers"
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(768, 384), (2048, 1024), (7168, 2048)])
@@ -92,7 +132,7 @@ def test_the_models_shapes_compile_without_spills(num_rows: int, width: int, hid
             mosaic_gpu.matmul(x, down, sizes, transpose_rhs=True),
             mosaic_gpu.weight_gradient(x, hidden_rows, sizes),
             mosaic_gpu.weight_gradient(hidden_rows, x, sizes),
-            *fused.swiglu(x, gate, gate, sizes, weights, save_inputs=True),
+            *fused.swiglu(x, gate, gate, sizes, weights_R=weights, save_inputs=True),
         ]
 
     with dumped_kernels(tmp_path):
@@ -101,14 +141,6 @@ def test_the_models_shapes_compile_without_spills(num_rows: int, width: int, hid
     assert len(reports) == 7
     for report in reports:
         assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report) == [("0", "0")]
-
-
-def check_compiled(folder: Path, name: str, tiles: Tiles | FewRowsTiles) -> None:
-    ptx, report, resources = compiled_kernel(folder, name, tiles)
-    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report) == [("0", "0")]
-    assert "serialized" not in report, "wgmma instructions wait for each other"
-    assert re.search(r"wgmma\.mma_async\.\S*f32\.bf16\.bf16", ptx)
-    assert int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1]) <= tiles.shared_memory <= SHARED_MEMORY
 
 
 def test_a_training_step_holds_no_buffer_of_every_expert_times_every_row(monkeypatch: pytest.MonkeyPatch) -> None:

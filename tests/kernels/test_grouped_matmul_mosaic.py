@@ -19,7 +19,7 @@ from kernels.cases import CASES, assert_close, expected_results, make_operands
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.api import GroupedMatmulError
-from pallas_kernels.hopper_tiles import FewRowsTiles, Tiles, few_rows_tiles
+from pallas_kernels.hopper_tiles import Tiles
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("mosaic_interpreter")]
 
@@ -56,27 +56,6 @@ def test_wide_tiles_and_several_of_them() -> None:
     x_RK, w_EKN, dy_RN, sizes = operands
     dw_EKN = run(mosaic_gpu.weight_gradient, x_RK, dy_RN, sizes, tiles=WIDE)
     assert_close(dw_EKN, expected_results(operands).dw_EKN, "bfloat16")
-
-
-@pytest.mark.parametrize(
-    ("name", "rows"),
-    [("sizes_of_one", 8), ("fewer_rows_than_a_tile", 16), ("empty_experts_and_padding", 32), ("only_padding", 8)],
-)
-def test_few_rows_an_expert(name: str, rows: int) -> None:
-    operands = make_operands(CASES[name], "bfloat16")
-    x_RK, w_EKN, dy_RN, sizes = operands
-    expected, tiles = expected_results(operands), FewRowsTiles(rows, depth=128, stages=2)
-    assert_close(run(mosaic_gpu.matmul, x_RK, w_EKN, sizes, tiles=tiles), expected.y_RN, "bfloat16")
-    dx_RK = run(mosaic_gpu.matmul, dy_RN, w_EKN, sizes, transpose_rhs=True, tiles=tiles)
-    assert_close(dx_RK, expected.dx_RK, "bfloat16")
-
-
-def test_few_rows_choose_a_kernel_of_their_own() -> None:
-    heights = [few_rows_tiles(rows, 64) for rows in (1, 8, 512, 513, 2048, 2049)]
-    assert [tiles and tiles.rows for tiles in heights] == [8, 8, 8, 16, 32, None]
-    operands = make_operands(CASES["sizes_of_one"], "bfloat16")
-    jaxpr = str(jax.make_jaxpr(mosaic_gpu.matmul)(operands.x_RK, operands.w_EKN, operands.group_sizes_E))
-    assert "grouped_matmul_few_rows" in jaxpr
 
 
 def test_the_public_function_differentiates_through_it() -> None:

@@ -40,8 +40,12 @@ def in_float64(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray, 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("many_experts", "sum_above_rows")])
 def test_hidden_and_what_the_activation_was_given(name: str) -> None:
     arrays = operands(CASES[name])
-    run = jax.jit(lambda *operands: mosaic_gpu.swiglu(*operands, save_inputs=True))
-    for actual, expected in zip(run(*arrays), in_float64(arrays), strict=True):
+
+    @jax.jit
+    def run(*operands: jax.Array, weights_R: jax.Array) -> tuple[jax.Array, ...]:
+        return mosaic_gpu.swiglu(*operands, weights_R=weights_R, save_inputs=True)
+
+    for actual, expected in zip(run(*arrays[:4], weights_R=arrays[4]), in_float64(arrays), strict=True):
         found = np.asarray(actual).astype(np.float64)
         np.testing.assert_allclose(found, expected, rtol=2.0**-8, atol=1e-5 * np.abs(expected).max(initial=0.0))
         assert not found[arrays[3].sum() :].any()

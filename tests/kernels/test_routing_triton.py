@@ -1,37 +1,27 @@
-"""The Triton kernels of routing top-k and combine: their numbers in Triton's interpreter, their code for an H200.
-
-    python -m kernels.test_routing_triton RESULTS
-
-runs every check in the interpreter, with `tests` and the repository on PYTHONPATH and TRITON_INTERPRET=1, and writes
-what went wrong. It is a process of its own, because Triton decides at its import whether kernels are interpreted.
-"""
+"""The Triton kernels of routing top-k and combine: their numbers in Triton's interpreter, their code for an H200."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import json
 import logging
-import os
 import re
-import subprocess
-import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import test_combine
 import test_routing_topk
 from jax.sharding import PartitionSpec as P
 
-from kernels.triton_interpreter import Guarded, NumpyTensor, repair_bfloat16, repair_loop_bounds
+from kernels.triton_compiler import Compiler, Kernel, assert_fits_registers_and_memory
+from kernels.triton_interpreter import run_interpreted
 from pallas_kernels.combine.api import CombineError, combine
 from pallas_kernels.deviceless import compile_for_h200, h200_mesh
 from pallas_kernels.routing_topk.api import RoutingTopkError, routing_topk
@@ -82,47 +72,8 @@ def all_checks() -> dict[str, Callable[[], None]]:
     return checks
 
 
-class NamedTensor(NumpyTensor):
-    """Of any dtype that Triton knows by NumPy's name."""
-
-    @property
-    def dtype(self) -> str:
-        return self.array.dtype.name
-
-    def new_empty(self, size: int, device: str) -> NumpyTensor:
-        return NamedTensor(np.empty(size, self.array.dtype))
-
-
-def interpreted_call(
-    *operands: Any, kernel: Any, out_shape: Any, grid: tuple[int, ...], name: str, num_warps: int, **constants: Any
-) -> Any:
-    """In place of `jax_triton.triton_call`; what the kernel does not write is poison."""
-    shapes, structure = jax.tree.flatten(out_shape)
-    is_array = [isinstance(operand, jax.Array) for operand in operands]
-
-    def run(*arrays: Any) -> list[np.ndarray]:
-        guarded = [Guarded(np.asarray(array)) for array in arrays]
-        remaining = iter(guarded)
-        inputs = [
-            NamedTensor(next(remaining).array) if array else operand
-            for array, operand in zip(is_array, operands, strict=True)
-        ]
-        poison = [np.nan if jnp.issubdtype(shape.dtype, jnp.floating) else -(1 << 30) for shape in shapes]
-        outputs = [Guarded(np.full(s.shape, p, s.dtype)) for s, p in zip(shapes, poison, strict=True)]
-        kernel[grid](*inputs, *(NamedTensor(output.array) for output in outputs), **constants)
-        assert not any(array.written() for array in guarded), f"{name} wrote to an operand"
-        assert not any(output.written_around() for output in outputs), f"{name} wrote out of bounds"
-        return [output.array.copy() for output in outputs]
-
-    arrays = [operand for array, operand in zip(is_array, operands, strict=True) if array]
-    return jax.tree.unflatten(structure, jax.pure_callback(run, shapes, *arrays))
-
-
-def main(results: str) -> None:
-    sys.modules["jax_triton"] = ModuleType("jax_triton")
-    sys.modules["jax_triton"].triton_call = interpreted_call  # type: ignore[attr-defined]
-    repair_loop_bounds()
-    repair_bfloat16()
+def run_checks() -> dict[str, str]:
+    """What went wrong in each check."""
     outcomes = {}
     for name, check in all_checks().items():
         try:
@@ -131,20 +82,12 @@ def main(results: str) -> None:
             outcomes[name] = ""
         except Exception:
             outcomes[name] = traceback.format_exc()
-    Path(results).write_text(json.dumps(outcomes))
+    return outcomes
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What went wrong in each check."""
-    tests = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(tests), str(tests.parent)])
-    results = tmp_path_factory.mktemp("interpreter") / "results.json"
-    command = [sys.executable, "-m", "kernels.test_routing_triton", str(results)]
-    environment = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
-    assert done.returncode == 0, done.stderr
-    return json.loads(results.read_text())
+    return run_interpreted(run_checks, tmp_path_factory.mktemp("interpreter"))
 
 
 @pytest.mark.xdist_group("routing_interpreter")
@@ -153,45 +96,17 @@ def test_results_and_gradients_equal_the_reference(interpreted: dict[str, str], 
     assert not interpreted[name], interpreted[name]
 
 
-class Kernel(NamedTuple):
-    """One kernel: what jax-triton handed to XLA."""
-
-    ptx: str
-    shared_memory: int  # bytes
-
-
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Kernel]]:
-    """Kernels compiled during the test, for compute capability 9.0, of which jax-triton would ask the device."""
-    library = importlib.import_module("jax_triton.triton_lib")
-    compile_kernel, kernels = library.compile_ttir_inplace, list[Kernel]()
-
-    def record(*arguments: Any) -> Any:
-        result = compile_kernel(*arguments)
-        kernels.append(Kernel(result.binary, result.shared_mem_bytes))
-        return result
-
-    jax.clear_caches()
-    monkeypatch.setattr(library, "compile_ttir_inplace", record)
-    monkeypatch.setattr(library, "_COMPILED_KERNEL_CACHE", {})
-    monkeypatch.setattr(library.triton_kernel_call_lib, "get_compute_capability", lambda device: 90)
-    yield kernels
-
-
-def assembler_report(ptx: str, folder: Path) -> str:
-    ptxas = importlib.import_module("triton.knobs").nvidia.ptxas.path
-    (folder / "kernel.ptx").write_text(ptx)
-    command = [ptxas, "-arch=sm_90a", "-v", str(folder / "kernel.ptx"), "-o", str(folder / "kernel.cubin")]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
+    """Kernels compiled during the test, for compute capability 9.0."""
+    return Compiler(monkeypatch).compiled
 
 
 def assert_compiles_well(kernels: list[Kernel], count: int, folder: Path) -> None:
-    """No spills, no stack, within the shared memory of every GPU since Ampere, and no atomics."""
+    """No spills, no stack, within shared memory, and no atomics."""
     assert len(kernels) == count
     for kernel in kernels:
-        report = assembler_report(kernel.ptx, folder)
-        assert re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report) == ["0"] * 3
-        assert kernel.shared_memory <= 99 * 1024
+        assert_fits_registers_and_memory(kernel, folder)
         assert not re.search(r"\b(atom|red)\.", kernel.ptx)
 
 
@@ -308,7 +223,3 @@ def test_refusals_name_the_reason_and_who_can() -> None:
     flat = jnp.arange(65, dtype=jnp.int32)
     with pytest.raises(CombineError, match="'triton': triton unrolls .* not 65; these can: xla, reference"):
         combine(jnp.ones((65, 8)), flat[None], jnp.ones((1, 65)), flat, implementation="triton")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

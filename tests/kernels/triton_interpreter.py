@@ -1,25 +1,41 @@
-"""Runs Triton kernels in Triton's interpreter, on NumPy arrays in place of tensors.
+"""Runs a test module's function where jax-triton's kernels run in Triton's interpreter, on NumPy arrays for tensors.
 
-    python tests/kernels/triton_interpreter.py REQUESTS RESULTS
+    python -m kernels.triton_interpreter MODULE FUNCTION RESULT
 
-reads a pickled list of `(name, operands, options)` and writes the pickled list of results. `name` is a function of
-`pallas_kernels.grouped_matmul.triton` that returns a `KernelCall`. It is a process of its own, because Triton decides
-at its import whether kernels are interpreted.
+calls the function without arguments and pickles what it returns, with `tests` and the repository on PYTHONPATH and
+TRITON_INTERPRET=1. It is a process of its own, because Triton decides at its import whether kernels are interpreted.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
-_TRITON_NAMES = {"bfloat16": "bf16", "float32": "fp32", "int32": "i32"}
 _GUARD = 1 << 15  # poisoned numbers before and after every array
+Result = TypeVar("Result")
+
+
+def run_interpreted(function: Callable[[], Result], folder: Path) -> Result:
+    """What a module's `function` returns in a process of the interpreter; `folder` is for its files."""
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(tests), str(tests.parent)])
+    command = [sys.executable, "-m", "kernels.triton_interpreter", function.__module__, function.__name__]
+    environment = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [*command, str(folder / "result")], env=environment, capture_output=True, text=True, timeout=800
+    )
+    assert done.returncode == 0, done.stderr
+    return pickle.loads((folder / "result").read_bytes())
 
 
 class NumpyTensor:
@@ -30,7 +46,7 @@ class NumpyTensor:
 
     @property
     def dtype(self) -> str:
-        return _TRITON_NAMES[self.array.dtype.name]
+        return self.array.dtype.name
 
     def data_ptr(self) -> int:
         return self.array.ctypes.data
@@ -64,8 +80,7 @@ class Guarded:
     """An array between two poisoned stretches, where an access out of bounds shows."""
 
     def __init__(self, content: np.ndarray) -> None:
-        poison = -(1 << 30) if content.dtype.kind == "i" else np.nan
-        self.whole = np.full(content.size + 2 * _GUARD, poison, content.dtype)
+        self.whole = np.full(content.size + 2 * _GUARD, poison(content.dtype), content.dtype)
         self.array = self.whole[_GUARD:-_GUARD].reshape(content.shape)
         self.array[...] = content
         self.before = self.whole.tobytes()
@@ -77,6 +92,11 @@ class Guarded:
 
     def written(self) -> bool:
         return self.whole.tobytes() != self.before
+
+
+def poison(dtype: np.dtype) -> float:
+    """NaN, or of integers one that is far out of range as an index."""
+    return np.iinfo(dtype).min // 2 if dtype.kind == "i" else np.nan
 
 
 def repair_loop_bounds() -> None:
@@ -93,7 +113,8 @@ def repair_loop_bounds() -> None:
 
 
 def repair_bfloat16() -> None:
-    """Triton 3.6 interprets bfloat16 as bit patterns: its `dot` multiplies those, its rounding loses the carry."""
+    """Triton 3.6 interprets bfloat16 as bit patterns: its `dot` multiplies those, and what it converts to them loses
+    the carry of rounding (float32) or is taken for a pattern (integers)."""
     import ml_dtypes
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -109,40 +130,54 @@ def repair_bfloat16() -> None:
         return dot(self, decoded(a), decoded(b), *rest)
 
     def cast_impl(self: Any, source: TensorHandle, target: Any) -> TensorHandle:
-        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+        if target.scalar != tl.bfloat16 or not (source.dtype.scalar == tl.float32 or source.dtype.scalar.is_int()):
             return cast(self, source, target)
         return TensorHandle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
 
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
 
 
-def interpret(call: Any) -> np.ndarray:
-    """The result of a `KernelCall`; what the kernel does not write is NaN."""
-    from pallas_kernels.grouped_matmul import triton_kernels
+def interpreted_call(
+    *operands: Any,
+    kernel: Any,
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    name: str,
+    num_warps: int,
+    num_stages: int | None,
+    **constants: Any,
+) -> list[jax.Array]:
+    """In place of `jax_triton.triton_call`; what the kernel does not write is poison."""
+    is_array = [isinstance(operand, jax.Array) for operand in operands]
 
-    operands = [Guarded(np.asarray(operand)) for operand in call.operands]
-    result = Guarded(np.full(call.result.shape, np.nan, call.result.dtype))
-    tensors = [NumpyTensor(guarded.array) for guarded in (*operands, result)]
-    getattr(triton_kernels, call.kernel)[(call.num_programs,)](*tensors, **call.constants)
-    assert not any(operand.written() for operand in operands), f"{call.kernel} wrote to an operand"
-    assert not result.written_around(), f"{call.kernel} wrote out of bounds"
-    return result.array.copy()
+    def run(*arrays: Any) -> list[np.ndarray]:
+        guarded = [Guarded(np.asarray(array)) for array in arrays]
+        remaining = iter(guarded)
+        inputs = [
+            NumpyTensor(next(remaining).array) if array else operand
+            for array, operand in zip(is_array, operands, strict=True)
+        ]
+        outputs = [Guarded(np.full(shape.shape, poison(shape.dtype), shape.dtype)) for shape in out_shape]
+        kernel[grid](*inputs, *(NumpyTensor(output.array) for output in outputs), **constants)
+        assert not any(array.written() for array in guarded), f"{name} wrote to an operand"
+        assert not any(output.written_around() for output in outputs), f"{name} wrote out of bounds"
+        return [output.array.copy() for output in outputs]
+
+    arrays = [operand for array, operand in zip(is_array, operands, strict=True) if array]
+    return jax.pure_callback(run, list(out_shape), *arrays)
 
 
-def main(requests: str, results: str) -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["JAX_PLATFORMS"] = "cpu"
+def main(module: str, function: str, result: str) -> None:
+    sys.modules["jax_triton"] = ModuleType("jax_triton")
+    sys.modules["jax_triton"].triton_call = interpreted_call  # type: ignore[attr-defined]
     repair_loop_bounds()
     repair_bfloat16()
-    import jax.numpy as jnp
+    returned = getattr(importlib.import_module(module), function)()
+    Path(result).write_bytes(pickle.dumps(jax.tree.map(_to_numpy, returned)))
 
-    from pallas_kernels.grouped_matmul import triton as backend
 
-    outcomes = [
-        interpret(getattr(backend, name)(*map(jnp.asarray, operands), **options))
-        for name, operands, options in pickle.loads(Path(requests).read_bytes())
-    ]
-    Path(results).write_bytes(pickle.dumps(outcomes))
+def _to_numpy(leaf: Any) -> Any:
+    return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf
 
 
 if __name__ == "__main__":
