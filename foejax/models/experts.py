@@ -7,13 +7,12 @@ token and group, R rows.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from foejax.config import ModelConfig
 from foejax.models.layers import make_param
-from foejax.models.rows import collect_rows, plan_rows, spread_rows
-from pallas_kernels import grouped_matmul, grouped_swiglu
+from foejax.models.rows import plan_rows
+from pallas_kernels import combine, grouped_matmul, grouped_swiglu
 
 
 class Experts(nnx.Module):
@@ -46,12 +45,12 @@ class Experts(nnx.Module):
         """
         num_experts = self.gate_SEDF[...].shape[1]
         plan = plan_rows(indices_SNk, valid_SNk, num_experts, max_rows)
-        row_AN = plan.row_SNk.transpose(0, 2, 1).reshape(-1, h_ND.shape[0])
-        x_RD = spread_rows(h_ND, plan.token_R, row_AN)
-        hidden_RF = grouped_swiglu(x_RD, _stack(self.gate_SEDF), _stack(self.up_SEDF), plan.group_sizes)
-        y_RD = grouped_matmul(hidden_RF, _stack(self.down_SEFD), plan.group_sizes)
-        y_SNkD = collect_rows(y_RD, plan.row_SNk, plan.choice_R)
-        return jnp.sum(weights_SNk.astype(h_ND.dtype)[..., None] * y_SNkD, axis=2)
+        gate, up, down = (_stack(w_SE) for w_SE in (self.gate_SEDF, self.up_SEDF, self.down_SEFD))
+        hidden_RF = grouped_swiglu(h_ND, gate, up, plan.group_sizes, rows=plan.gathered())
+        y_RD = grouped_matmul(hidden_RF, down, plan.group_sizes)
+        row_Ck, weights_Ck = (x_SNk.reshape(-1, x_SNk.shape[-1]) for x_SNk in (plan.row_SNk, weights_SNk))
+        out_CD = combine(y_RD, row_Ck, weights_Ck, plan.choice_R)
+        return out_CD.reshape(*weights_SNk.shape[:2], -1)
 
 
 def _stack(w_SE: nnx.Param) -> jax.Array:

@@ -4,7 +4,7 @@ One interface serves every architecture: the stack axis S holds FoE groups (or, 
 experts), and `route` chooses inside each of them.
 
 Shape letters: N tokens, D width, H groups of the model, S groups on this device, E experts of a group, A all experts
-(A = H * E), k experts chosen per token in each group.
+(A = H * E), k experts chosen per token in each group, C tokens of every group after each other.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from flax import nnx, struct
 
 from foejax.config import ModelConfig
 from foejax.models.layers import high_precision, make_param
+from pallas_kernels import routing_topk
+from pallas_kernels.routing_topk.api import RoutingTopk
 from sharding import Layout
 
 SelectFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -97,21 +99,29 @@ def route(
         scores_SNE = jnp.exp(logits_SNE - log_normalizer)
     if active_tokens is None:
         active_tokens = jnp.ones(logits_SNE.shape[1], bool)
-    selection_SNE = jax.lax.stop_gradient(scores_SNE)
-    if selection_bias is not None:
-        selection_SNE = selection_SNE + jax.lax.stop_gradient(selection_bias)
-    if select_fn is not None:
-        selection_SNE = select_fn(selection_SNE, active_tokens)
-    chosen_SNk, indices_SNk = jax.lax.top_k(selection_SNE, k)
-    valid_SNk = (chosen_SNk > -jnp.inf) & active_tokens[None, :, None]
-    weights_SNk = jnp.take_along_axis(scores_SNE, indices_SNk, axis=-1)
-    margin_SN = chosen_SNk[..., -1] - _best_left_out(selection_SNE, indices_SNk)
-    return Routing(indices_SNk, jnp.where(valid_SNk, weights_SNk, 0.0), valid_SNk, margin_SN)
+    chosen, weights_Ck = _choose(scores_SNE, k, selection_bias, select_fn, active_tokens)
+    shape = (*logits_SNE.shape[:2], k)
+    valid_SNk = chosen.valid_Nk.reshape(shape) & active_tokens[None, :, None]
+    weights_SNk = jnp.where(valid_SNk, weights_Ck.reshape(shape), 0.0)
+    return Routing(chosen.indices_Nk.reshape(shape), weights_SNk, valid_SNk, chosen.margin_N.reshape(shape[:2]))
 
 
-def _best_left_out(selection_SNE: jax.Array, indices_SNk: jax.Array) -> jax.Array:
-    chosen_SNE = jax.nn.one_hot(indices_SNk, selection_SNE.shape[-1], dtype=bool).any(axis=2)
-    return jnp.max(jnp.where(chosen_SNE, -jnp.inf, selection_SNE), axis=-1)
+def _choose(
+    scores_SNE: jax.Array,
+    k: int,
+    selection_bias: jax.Array | None,
+    select_fn: SelectFn | None,
+    active_tokens: jax.Array,
+) -> tuple[RoutingTopk, jax.Array]:
+    """The choice and the chosen scores [S * N, k], groups after each other."""
+    scores_CE = scores_SNE.reshape(-1, scores_SNE.shape[-1])
+    if select_fn is None:
+        bias = None if selection_bias is None else selection_bias.reshape(-1, scores_SNE.shape[-1])
+        chosen = routing_topk(scores_CE, k, selection_bias=bias)
+        return chosen, chosen.values_Nk
+    selection_SNE = jax.lax.stop_gradient(scores_SNE if selection_bias is None else scores_SNE + selection_bias)
+    chosen = routing_topk(select_fn(selection_SNE, active_tokens).reshape(scores_CE.shape), k)
+    return chosen, jnp.take_along_axis(scores_CE, chosen.indices_Nk, axis=-1)
 
 
 class Router(nnx.Module):
