@@ -2,16 +2,21 @@
 
 Usage:
     python -m experiments.bench_kernels --out FOLDER                       # what fits into 8 minutes; again to go on
+    python -m experiments.bench_kernels --out FOLDER --parts expert_mlp grouped_swiglu   # of these operations only
     python -m experiments.bench_kernels --out FOLDER --parts grouped_matmul/acceptance_gpu --minutes 4
     python -m experiments.bench_kernels --out FOLDER --tune                # sweep tiles instead, rewrite their table
-    python -m experiments.bench_kernels --out FOLDER --dry-run             # the same code on CPU, in seconds
+    python -m experiments.bench_kernels --out FOLDER --dry-run             # the same code on CPU, in a minute
     python -m experiments.bench_kernels --list                             # the parts
 
-First every contender's results are checked on the device (random data, result buffers full of NaN); who is wrong is
-reported and not timed. Then the ceilings are measured (a large matmul, a large copy), and then the races: per shape and
-step all contenders take turns, on operands that sweep past the L2 cache, with uniform and with skewed group sizes.
-`kernel_bench/programs.py` says how device time is read. FOLDER receives a JSON file per part as soon as it is done,
-results.json, report.md and roofline.png; a second call does only what is missing. Results worth keeping are committed
+The operations: grouped_matmul and its gradients, expert_mlp (a layer's whole expert MLP while decoding, weights in 16
+and 8 bits), grouped_swiglu, routing_topk and combine. First the ceilings are measured (a large matmul, a large copy).
+Then each operation's most telling part runs, then each one's second, and so on. Before an operation's first part every
+contender's results are checked on the device (random data, result buffers full of NaN); who is wrong is reported and
+not timed. In a race all contenders take turns, on operands that sweep past the L2 cache, with uniform and with skewed
+group sizes. `kernel_bench/programs.py` says how device time is read.
+
+FOLDER receives a JSON file per part as soon as it is done, results.json, report.md, which opens with the targets and
+whether they are met, and roofline.png; a second call does only what is missing. Results worth keeping are committed
 under experiments/results.
 
 Peers race when they can be imported: torch, tokamax (with what it imports), JAX's own example kernels. The report names
@@ -33,16 +38,22 @@ from typing import Any, get_args
 import jax
 
 from experiments.kernel_bench import machine
+from experiments.kernel_bench.combine import COMBINE
+from experiments.kernel_bench.expert_mlp import EXPERT_MLP
 from experiments.kernel_bench.folder import Folder
 from experiments.kernel_bench.grouped_matmul import GROUPED_MATMUL
+from experiments.kernel_bench.grouped_swiglu import GROUPED_SWIGLU
 from experiments.kernel_bench.operations import BenchError, DeviceLost, Operation
 from experiments.kernel_bench.parts import Bench, Budget, OutOfTime, choose_parts, part_names, write_reports
 from experiments.kernel_bench.programs import JaxClock
 from experiments.kernel_bench.races import Settings
+from experiments.kernel_bench.routing_topk import ROUTING_TOPK
 from experiments.kernel_bench.tune import tune_parts
 
-OPERATIONS: tuple[Operation, ...] = (GROUPED_MATMUL,)
-_TURNS, _DRY_RUN_TURNS = 7, 2
+OPERATIONS: tuple[Operation, ...] = (GROUPED_MATMUL, EXPERT_MLP, GROUPED_SWIGLU, ROUTING_TOPK, COMBINE)
+"""The most important first."""
+
+_TURNS, _DRY_RUN_TURNS = 5, 2
 _FIRST_RACE_SECONDS, _FIRST_SWEEP_SECONDS = 25.0, 120.0  # guesses, until one has been run
 
 
@@ -63,7 +74,7 @@ def main(argv: Sequence[str] | None = None, operations: Sequence[Operation] = OP
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for the results, made if it is not there")
-    parser.add_argument("--parts", nargs="+", metavar="NAME", help="parts or operations to run; see --list")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these parts or operations; see --list")
     parser.add_argument("--minutes", type=float, default=8.0, help="start nothing that would probably end later")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on CPU, to see that the bench works")
     parser.add_argument("--tune", action="store_true", help="sweep the tiles of the Hopper kernels instead of racing")

@@ -35,13 +35,18 @@ def half_empty(rows: int, experts: int, rng: np.random.Generator) -> np.ndarray:
     return sizes_E
 
 
-def routed(tokens: int, top_k: int, experts: int, rng: np.random.Generator, *, skewed: bool) -> np.ndarray:
-    """Sizes [E] after `tokens` tokens each chose `top_k` different experts, equally likely or with Zipf popularity."""
+def chosen(tokens: int, top_k: int, experts: int, rng: np.random.Generator, *, skewed: bool) -> np.ndarray:
+    """The `top_k` different experts [tokens, top_k] of each token, equally likely or with Zipf popularity."""
     popularity_E = rng.permutation(_popularity(experts)) if skewed else np.full(experts, 1 / experts)
     # Adding Gumbel noise and taking the largest draws without replacement in proportion to the popularity.
     scores = np.log(popularity_E) + rng.gumbel(size=(tokens, experts))
-    chosen = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]
-    return np.bincount(chosen.ravel(), minlength=experts).astype(np.int32)
+    return np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k].astype(np.int32)
+
+
+def routed(tokens: int, top_k: int, experts: int, rng: np.random.Generator, *, skewed: bool) -> np.ndarray:
+    """Sizes [E] after each token chose its experts."""
+    indices = chosen(tokens, top_k, experts, rng, skewed=skewed)
+    return np.bincount(indices.ravel(), minlength=experts).astype(np.int32)
 
 
 def _popularity(experts: int) -> np.ndarray:

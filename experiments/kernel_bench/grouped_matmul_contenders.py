@@ -10,7 +10,6 @@ Shape letters: R rows sorted by expert, K contracted features, N output features
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -18,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.kernel_bench.contenders import NEEDS_GPU, Steps, own_backend, torch_peer
 from experiments.kernel_bench.operations import Contender, Operands, first_line
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul.shapes import DecodeShape
 
-NEEDS_GPU = "needs an NVIDIA GPU"
 _CUBLAS_ONLY = {"xla_gpu_enable_triton_gemm": False}
 
 _ROWS_BY_WEIGHTS = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
@@ -43,15 +42,16 @@ def contenders(on_gpu: bool) -> tuple[Contender, ...]:
 
 
 def _ours(name: str, on_gpu: bool) -> Contender:
-    missing = None if on_gpu or name == "xla" else NEEDS_GPU
-    backend: ModuleType | None = None
-    if missing is None:
-        try:
-            backend = importlib.import_module(f"pallas_kernels.grouped_matmul.{name}")
-        except Exception as error:  # whatever a missing or mismatched library raises
-            missing = first_line(error)
+    product = functools.partial(grouped_matmul, implementation=name)  # type: ignore[call-arg, arg-type, unused-ignore]
 
-    def refuses(step: str, dims: Any) -> str | None:
+    def steps(backend: ModuleType) -> Steps:
+        return {
+            "forward": product,
+            "dgrad": functools.partial(product, transpose_rhs=True),
+            "wgrad": backend.weight_gradient,
+        }
+
+    def refuses(backend: ModuleType, step: str, dims: Any) -> str | None:
         refusal = getattr(backend, "refusal", None)
         if refusal is None:
             return None
@@ -60,15 +60,8 @@ def _ours(name: str, on_gpu: bool) -> Contender:
             return refusal((dims.rows, dims.features), weights, "bfloat16", transpose_rhs=True)
         return refusal(rows, weights, "bfloat16", transpose_rhs=False)
 
-    product = functools.partial(grouped_matmul, implementation=name)  # type: ignore[call-arg, arg-type, unused-ignore]
-    steps: dict[str, Callable[..., Any]] = {
-        "forward": product,
-        "dgrad": functools.partial(product, transpose_rhs=True),
-    }
-    if backend is not None:
-        steps["wgrad"] = backend.weight_gradient
     remark = "starts from the group sizes, as a layer would"
-    return Contender(name, "ours", steps, missing=missing, refuses=refuses, remark=remark)
+    return own_backend("grouped_matmul", name, on_gpu, steps, refuses, remark)
 
 
 def _ragged_dot_steps(general: Callable[..., Any]) -> Mapping[str, Callable[..., Any]]:
@@ -159,37 +152,28 @@ def _jax_example(on_gpu: bool) -> tuple[Contender, ...]:
 
 
 def _torch(on_gpu: bool) -> Contender:
-    name = "torch._grouped_mm"
-    missing: str | None = None
-    try:
-        import torch
-
-        if not hasattr(torch, "_grouped_mm"):
-            missing = f"torch {torch.__version__} has none"
-        elif not (on_gpu and torch.cuda.is_available()):
-            missing = "torch sees no GPU" if on_gpu else NEEDS_GPU
-    except Exception as error:  # a torch of another CUDA fails in its loader
-        missing = first_line(error)
-    if missing is not None:
-        return Contender(name, "peer", {}, framework="torch", missing=missing)
-
-    def prepare(step: str, operands: Operands) -> Operands:
-        left, right, sizes_E = operands
-        return left, right, sizes_E.cumsum(0, dtype=torch.int32)
-
-    multiply = torch._grouped_mm
-    return Contender(
-        name,
-        "peer",
-        {
+    def steps(torch: Any) -> Steps:
+        multiply = torch._grouped_mm
+        return {
             "forward": lambda x_RK, w_EKN, ends_E: multiply(x_RK, w_EKN, offs=ends_E),
             "dgrad": lambda dy_RN, w_EKN, ends_E: multiply(dy_RN, w_EKN.transpose(-2, -1), offs=ends_E),
             "wgrad": lambda x_RK, dy_RN, ends_E: multiply(x_RK.t(), dy_RN, offs=ends_E),
-        },
-        framework="torch",
-        prepare=prepare,
+        }
+
+    return torch_peer(
+        "torch._grouped_mm",
+        on_gpu,
+        steps,
+        needs="_grouped_mm",
+        prepare=sum_up_sizes,
         remark="group ends are summed up outside the timed region",
     )
+
+
+def sum_up_sizes(torch: Any, step: str, operands: Operands) -> Operands:
+    """The operands with the groups' ends, which `torch._grouped_mm` takes, in the place of their sizes."""
+    left, right, sizes_E = operands
+    return left, right, sizes_E.cumsum(0, dtype=torch.int32)
 
 
 def _even_groups(on_gpu: bool) -> Contender:

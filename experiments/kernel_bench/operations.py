@@ -1,7 +1,8 @@
 """What an operation brings to the bench, and the words all parts share.
 
-A *step* is one product of an operation ("forward", "dgrad", "wgrad"); a *race* is one step at one named shape; *sizes*
-is a way of sharing the rows out among the experts; a *contender* is one way to compute the steps.
+A *step* is one computation of an operation ("forward", "dgrad", "wgrad"); a *race* is one step at one named shape;
+*sizes* is a way of sharing the rows out among the experts, or of drawing the operands where there are no experts; a
+*contender* is one way to compute the steps.
 """
 
 from __future__ import annotations
@@ -12,13 +13,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 Operands = tuple[Any, ...]
+"""Of one call: arrays, or pytrees of arrays."""
+
+Results = tuple[jax.Array, ...]
+"""Of one call, also where it is one array only."""
+
 Kind = Literal[
     "ours",  # a backend of pallas_kernels; held to the whole contract
     "peer",  # somebody else's kernel for the same work
     "bound",  # easier work of the same size, as an upper bound
+]
+Judge = Literal[
+    "flops",  # products of matrices
+    "weight_bytes",  # decoding: bytes of the weights of experts that have rows
+    "bytes",  # what moves data and hardly computes
 ]
 
 
@@ -40,17 +53,17 @@ class Race:
 
     Attributes:
       shape: its name, for reports.
-      step: which product.
+      step: which computation.
       dims: the operation's own description of the shape.
       sizes: the kinds of group sizes, the first one being the one that others are compared with.
-      decode: judged by bytes of weights touched a second rather than by FLOP/s.
+      judged_by: the amount of work whose rate a second counts.
     """
 
     shape: str
     step: str
     dims: Any
     sizes: tuple[str, ...]
-    decode: bool = False
+    judged_by: Judge = "flops"
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,8 @@ class Contender:
     """One way to compute an operation.
 
     Attributes:
-      steps: function of each step it can do, of that step's operands (tensors if `framework` is "torch").
+      steps: function of each step it can do, of that step's operands (tensors if `framework` is "torch"), to an array
+        or a tuple of arrays.
       missing: why it cannot run on this machine, None if it can.
       refuses: (step, dims) -> why it cannot take this shape, None if it can.
       remark: what a reader of its figures should know.
@@ -99,19 +113,22 @@ class ExactCase(NamedTuple):
     """A small case compared element by element.
 
     Attributes:
-      expected: float64, from the same bfloat16 operands.
-      zero: True where the contract promises exactly zero.
+      expected: of each result: float64 from the same operands, or integers.
+      zero: of each result: True where the contract promises exactly zero.
       ours_only: whether peers are left out, because it tests what only our contract promises (padding, sums above R)
         or one more of many shapes.
+      slack: how many times the error of one rounded sum is allowed: more than one where sums are made of rounded sums,
+        0 where results are selected from the operands.
     """
 
     name: str
     step: str
     dims: Any
     operands: Operands
-    expected: np.ndarray
-    zero: np.ndarray
+    expected: tuple[np.ndarray, ...]
+    zero: tuple[np.ndarray, ...]
     ours_only: bool
+    slack: float = 1.0
 
 
 class Tiles(Protocol):
@@ -142,10 +159,11 @@ class Operation:
       contenders: (on a GPU?) -> everybody, the missing ones included.
       operand_sets: (race, sizes, calls, copies) -> operands of that many calls on random data; expert weights are
         drawn `copies` times and take turns.
-      output: (race) -> shape of a call's result.
+      output: (step, dims) -> shapes and dtypes of a call's results.
       weight_bytes: (race) -> bytes of all expert weights among the operands, 0 if there are none.
       work: (race, operand sets) -> mean work of a call.
-      wrong: (race, operands, result) -> why the result is wrong, None if it is right; cheap at any shape.
+      wrong: (race, operands, results) -> why results of the right shapes are wrong, None if they are right; cheap at
+        any shape.
       exact_cases: (tiny?) -> small cases with float64 references.
       tiles: what can be tuned, None if nothing; calling it may raise BenchError.
     """
@@ -155,12 +173,26 @@ class Operation:
     shrink: Callable[[Race], Race]
     contenders: Callable[[bool], tuple[Contender, ...]]
     operand_sets: Callable[[Race, str, int, int], list[Operands]]
-    output: Callable[[Race], tuple[int, ...]]
+    output: Callable[[str, Any], tuple[jax.ShapeDtypeStruct, ...]]
     weight_bytes: Callable[[Race], int]
     work: Callable[[Race, Sequence[Operands]], Work]
-    wrong: Callable[[Race, Operands, Any], str | None]
+    wrong: Callable[[Race, Operands, Results], str | None]
     exact_cases: Callable[[bool], Sequence[ExactCase]]
     tiles: Callable[[], Tiles] | None = None
+
+    def fault(self, race: Race, operands: Operands, results: Results) -> str | None:
+        """Why the results of a call are wrong, their shapes and dtypes included; None if they are right."""
+        found, wanted = _describe(results), _describe(self.output(race.step, race.dims))
+        return self.wrong(race, operands, results) if found == wanted else f"result is {found}, not {wanted}"
+
+
+def poison(result: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array that no result may be equal to in any element: NaN, or -1 for integers."""
+    return jnp.full(result.shape, jnp.nan if jnp.issubdtype(result.dtype, jnp.floating) else -1, result.dtype)
+
+
+def _describe(results: Sequence[jax.Array | jax.ShapeDtypeStruct]) -> str:
+    return ", ".join(f"{result.dtype}{list(result.shape)}" for result in results)
 
 
 def first_line(error: BaseException, limit: int = 240) -> str:

@@ -133,30 +133,35 @@ def races_of(operation: Operation, part: str, tiny: bool) -> list[Race]:
 
 
 def part_names(operations: Sequence[Operation]) -> list[str]:
-    """All parts in the order in which they run."""
-    return [
-        *(f"{operation.name}/correctness" for operation in operations),
-        CEILINGS,
-        *(f"{operation.name}/{part}" for operation in operations for part in operation.parts),
-    ]
+    """All parts in the order in which they run: ceilings, every operation's most telling part, every second part, ...
+
+    Before its first part an operation's results are checked.
+    """
+    names = [CEILINGS]
+    for index in range(max(len(operation.parts) for operation in operations)):
+        for operation in operations:
+            names += [f"{operation.name}/correctness"] if index == 0 else []
+            names += [f"{operation.name}/{part}" for part in list(operation.parts)[index : index + 1]]
+    return names
 
 
 def choose_parts(wanted: Sequence[str] | None, operations: Sequence[Operation], dry_run: bool) -> list[str]:
     """The parts asked for, after the correctness of their operation and the ceilings.
 
     Args:
-      wanted: names of parts or operations; None for all, in a dry run for the first two of each operation.
+      wanted: names of parts or operations; None for all, in a dry run for the first of each operation.
 
     Raises:
       BenchError: a name that is neither.
     """
     names = part_names(operations)
     if wanted is None:
-        few = {f"{operation.name}/{part}" for operation in operations for part in list(operation.parts)[:2]}
+        few = {f"{operation.name}/{next(iter(operation.parts))}" for operation in operations}
         return [name for name in names if not dry_run or name in few or _comes_first(name)]
+    known = [*(operation.name for operation in operations), *names]
     for name in wanted:
-        if name not in names and name not in {operation.name for operation in operations}:
-            raise BenchError(f"--parts={name}: choose from {', '.join(names)}")
+        if name not in known:
+            raise BenchError(f"--parts={name}: choose from {', '.join(known)}")
     chosen = {name for name in names for want in wanted if name == want or name.startswith(f"{want}/")}
     owners = {name.partition("/")[0] for name in chosen}
     return [

@@ -14,11 +14,12 @@ its stream, so no event can be put on it. Its clocks are
 
 Torch's calls are captured as one CUDA graph and n replays are timed with a pair of events on the stream; calls that
 cannot be captured are made one by one between the events.
-The dry run reads the wall clock of single runs instead.
+The dry run reads the wall clock of single runs instead, of torch's calls on a CPU too.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.kernel_bench.operations import Contender, DeviceLost, Operands, first_line
+from experiments.kernel_bench.operations import Contender, DeviceLost, Operands, Results, first_line, poison
 
 JaxClock = Literal["stream", "cupti"]
 Clock = Literal["stream", "cupti", "cuda events", "cuda events, eager", "wall clock"]
@@ -51,7 +52,7 @@ class Program(Protocol):
 
     clock: Clock
 
-    def run(self) -> list[Any]:
+    def run(self) -> list[Results]:
         """The results of all calls, as JAX arrays, once they are there."""
         ...
 
@@ -81,7 +82,7 @@ def chained(step: Callable[..., Any]) -> Callable[[Sequence[Operands]], list[Any
 
 def abstract(sets: Sequence[Operands]) -> list[Operands]:
     """Shapes and dtypes of operand sets."""
-    return [tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands) for operands in sets]
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), list(sets))
 
 
 def compile_all(
@@ -122,8 +123,8 @@ class JaxProgram:
         self._compiled, self._sets = compiled, list(sets)
         self._repeats: int | None = None
 
-    def run(self) -> list[Any]:
-        return jax.block_until_ready(self._compiled(self._sets))
+    def run(self) -> list[Results]:
+        return [tuple(jax.tree.leaves(results)) for results in jax.block_until_ready(self._compiled(self._sets))]
 
     def sample(self) -> Sample:
         if self.clock == "cupti":
@@ -165,45 +166,65 @@ class TorchProgram:
         import torch
 
         self._torch = torch
-        self.clock: Clock = "cuda events"
         function = contender.steps[step]
         jax.block_until_ready(list(sets))
-        tensors = [contender.prepare(step, tuple(torch.from_dlpack(array) for array in operands)) for operands in sets]
-        self._calls = len(tensors)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries set themselves up on first use, which a graph cannot hold
-                for operands in tensors:
-                    function(*operands)
-        torch.cuda.synchronize()
-        self._call_all = lambda: [function(*operands) for operands in tensors]
+        tensors = [contender.prepare(step, jax.tree.map(torch.from_dlpack, operands)) for operands in sets]
+        self._calls = [functools.partial(function, *operands) for operands in tensors]
         self._repeats: int | None = None
+        self.clock: Clock = "cuda events"
+        if tensors[0][0].is_cuda:
+            self._capture()
+        else:
+            self.clock, self._results, self._replay = "wall clock", self._call_all(), self._call_again
+
+    def _capture(self) -> None:
+        cuda = self._torch.cuda
+        stream = cuda.Stream()
+        stream.wait_stream(cuda.current_stream())
+        with cuda.stream(stream):
+            for _ in range(2):  # libraries set themselves up on first use, which a graph cannot hold
+                for call in self._calls:
+                    call()
+        cuda.synchronize()
         try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            graph = cuda.CUDAGraph()
+            with cuda.graph(graph):
                 self._results = self._call_all()
             self._replay = graph.replay
         except RuntimeError:
-            torch.cuda.synchronize()
+            cuda.synchronize()
             self.clock, self._results, self._replay = "cuda events, eager", self._call_all(), self._call_again
+
+    def _call_all(self) -> list[tuple[Any, ...]]:
+        results = (call() for call in self._calls)
+        return [result if isinstance(result, tuple) else (result,) for result in results]
 
     def _call_again(self) -> None:
         self._results = []  # so that the allocator puts the new results where these were
         self._results = self._call_all()
 
-    def run(self) -> list[Any]:
-        for result in self._results:
-            result.fill_(math.nan)
+    def run(self) -> list[Results]:
+        for results in self._results:
+            for result in results:
+                result.fill_(math.nan if result.is_floating_point() else -1)
         self._replay()
-        self._torch.cuda.synchronize()
-        return [jnp.from_dlpack(result.contiguous()) for result in self._results]
+        if self.clock != "wall clock":
+            self._torch.cuda.synchronize()
+        return [tuple(map(self._to_jax, results)) for results in self._results]
+
+    def _to_jax(self, result: Any) -> jax.Array:
+        narrow = result.int() if result.dtype == self._torch.int64 else result  # JAX keeps 32 bits
+        return jnp.from_dlpack(narrow.contiguous())
 
     def sample(self) -> Sample:
+        if self.clock == "wall clock":
+            start = time.perf_counter()
+            self._replay()
+            return Sample((time.perf_counter() - start) / len(self._calls), host_bound=False)
         if self._repeats is None:
             once = self._elapsed(1)
             self._repeats = min(max(math.ceil(_SAMPLE_SECONDS / once), 2), _MOST_REPEATS)
-        return Sample(self._elapsed(self._repeats) / (self._repeats * self._calls), host_bound=False)
+        return Sample(self._elapsed(self._repeats) / (self._repeats * len(self._calls)), host_bound=False)
 
     def _elapsed(self, times: int) -> float:
         start, stop = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -240,7 +261,6 @@ def raise_if_lost(name: str, reason: str) -> None:
         raise DeviceLost(f"{name} took the device down ({reason}): give the same command again, it goes on without")
 
 
-def fill_free_memory_with_nan(shape: tuple[int, ...], count: int) -> None:
-    """Writes NaN where the next results of this shape are likely to be put, so that an unwritten element shows."""
-    poison = [jnp.full(shape, jnp.nan, jnp.bfloat16) for _ in range(count)]
-    jax.block_until_ready(poison)
+def fill_free_memory_with_poison(results: Sequence[jax.ShapeDtypeStruct], count: int) -> None:
+    """Writes NaN (or -1) where the next such results are likely to be put, so that an unwritten element shows."""
+    jax.block_until_ready([poison(result) for result in results for _ in range(count)])

@@ -13,7 +13,7 @@ from experiments.kernel_bench.programs import (
     Program,
     build,
     compile_all,
-    fill_free_memory_with_nan,
+    fill_free_memory_with_poison,
     raise_if_lost,
 )
 from experiments.kernel_bench.timing import Measurement, take_turns
@@ -61,7 +61,8 @@ def run_race(
       watch: around the first run of each contender.
 
     Returns:
-      A record for JSON: the race, its cells (one per sizes and contender), who did not run, and who was wrong.
+      A record for JSON: the race, its cells (one per sizes and contender), who did not run, and who was wrong. cached:
+      whether all calls' operands fit into the L2 cache at once.
     """
     not_run: dict[tuple[str, str], str] = {}  # (contender, sizes or "") -> reason
     wrong: dict[tuple[str, str], str] = {}
@@ -80,6 +81,7 @@ def run_race(
     present = [contender for contender in present if contender.name not in failed]
 
     cells: list[dict[str, Any]] = []
+    cached = False
     for kind in race.sizes:
         if kind != race.sizes[0]:
             sets = operation.operand_sets(race, kind, calls, copies)
@@ -92,6 +94,7 @@ def run_race(
 
         measured = take_turns(programs, settings.turns, failed_while_timed)
         work = operation.work(race, sets)
+        cached = cached or calls * work.bytes < settings.l2_bytes
         cells += [
             _cell(contender, kind, measured[contender.name], work) for contender in here if contender.name in measured
         ]
@@ -101,8 +104,9 @@ def run_race(
         cells = [{**cell, "time": cell["time"] / fastest} for cell in cells]
     kinds = {contender.name: contender.kind for contender in contenders}
     return {
-        "shape": race.shape, "step": race.step, "sizes": race.sizes, "decode": race.decode, "dims": race.dims._asdict(),
-        "calls": calls, "weight_copies": copies, "cells": cells,
+        "operation": operation.name, "shape": race.shape, "step": race.step, "sizes": race.sizes,
+        "judged_by": race.judged_by, "dims": race.dims._asdict(),
+        "calls": calls, "weight_copies": copies, "cached": cached, "cells": cells,
         "not_run": [_record(key, reason) for key, reason in not_run.items()],
         "wrong": [{**_record(key, reason), "kind": kinds[key[0]]} for key, reason in wrong.items()],
     }  # fmt: skip
@@ -143,9 +147,9 @@ def _checked_programs(
         with watch(contender.name, race.step):
             try:
                 program = build(contender, race.step, sets, compiled, settings.clock, settings.cupti)
-                fill_free_memory_with_nan(operation.output(race), len(sets))
+                fill_free_memory_with_poison(operation.output(race.step, race.dims), len(sets))
                 results = program.run()
-                faults = [operation.wrong(race, *pair) for pair in zip(sets, results, strict=True)]
+                faults = [operation.fault(race, *pair) for pair in zip(sets, results, strict=True)]
                 del results
             except Exception as error:  # contenders are foreign code: whatever they raise is their reason
                 not_run[contender.name, kind] = first_line(error)

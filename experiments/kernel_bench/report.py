@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from experiments.kernel_bench.targets import best_of_ours, judge_targets
+
 DRY_RUN_WARNING = (
     "**DRY RUN on a CPU with tiny shapes: it shows that the bench works. Its ratios are of wall-clock times and say "
     "nothing about any GPU.**"
@@ -26,6 +28,7 @@ def results(
 ) -> dict[str, Any]:
     """Everything measured, each cell with its ratios and shares: the content of results.json."""
     dry_run = machine["dry_run"]
+    races = [{**race, "cells": judged(race, ceilings)} for race in races]
     return {
         "dry_run": dry_run,
         "note": "wall clock of a CPU dry run with tiny shapes: proves that the bench works, nothing else"
@@ -35,7 +38,9 @@ def results(
         "machine": dict(machine),
         "ceilings": dict(ceilings),
         "correctness": list(correctness),
-        "races": [{**race, "cells": judged(race, ceilings)} for race in races],
+        # A CPU's ratios say nothing about targets for a GPU.
+        "targets": judge_targets([] if dry_run else races),
+        "races": races,
         "unfinished_parts": list(unfinished),
     }
 
@@ -48,7 +53,7 @@ def judged(race: Mapping[str, Any], ceilings: Mapping[str, Any]) -> list[dict[st
     share_of_matmul and share_of_copy and share_of_roof (the ceilings' own time for the work over the time taken).
     """
     cells = race["cells"]
-    amount = "weight_bytes" if race["decode"] else "flops"
+    amount = race["judged_by"]
     bound = min((cell["time"] / cell["flops"] for cell in cells if cell["kind"] == "bound"), default=None)
     own = {cell["contender"]: cell["time"] / cell[amount] for cell in cells if cell["sizes"] == race["sizes"][0]}
     result = []
@@ -74,19 +79,15 @@ def judged(race: Mapping[str, Any], ceilings: Mapping[str, Any]) -> list[dict[st
 def headline(race: Mapping[str, Any], *, dry_run: bool) -> str:
     """One line on the best of ours in a race whose cells are judged."""
     found = []
-    for sizes, best in _best_of_ours(race):
-        rate = "" if dry_run else f" {_rate(best, race['decode'])}"
+    for sizes, best in best_of_ours(race).items():
+        rate = "" if dry_run else f" {_rate(best, race['judged_by'])}"
         ratio = f"{_times(best['times_best_peer'])} {best['best_peer']}" if best["best_peer"] else ""
         found.append(f"{sizes} {best['contender']}{rate}" + (f", {ratio}" if ratio else ""))
-    return f"{race['shape']} {race['step']}: " + ("; ".join(found) or "none of ours ran")
+    return f"{_name(race)}: " + ("; ".join(found) or "none of ours ran")
 
 
-def _best_of_ours(race: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    best: dict[str, Mapping[str, Any]] = {}
-    for cell in race["cells"]:
-        if cell["kind"] == "ours" and (cell["sizes"] not in best or cell["time"] < best[cell["sizes"]]["time"]):
-            best[cell["sizes"]] = cell
-    return list(best.items())
+def _name(race: Mapping[str, Any]) -> str:
+    return f"{race['operation']} {race['shape']} {race['step']}"
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -96,6 +97,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         *([DRY_RUN_WARNING] if found["dry_run"] else []),
         _machine(found["machine"]),
         _unfinished(found["unfinished_parts"]),
+        _targets(found["targets"]),
         _ceilings(found["ceilings"], found["dry_run"]),
         _contenders(found["correctness"]),
         _correctness(found["correctness"], found["races"]),
@@ -124,6 +126,11 @@ def _unfinished(parts: Sequence[str]) -> str:
     return f"Not measured yet (the same command goes on with them): {', '.join(parts)}." if parts else ""
 
 
+def _targets(targets: Sequence[Mapping[str, Any]]) -> str:
+    rows = [[each["target"], each["wanted"], each["measured"], each["met"]] for each in targets]
+    return "## Targets\n\n" + _table(["target", "wanted", "measured", "met"], rows)
+
+
 def _ceilings(ceilings: Mapping[str, Any], dry_run: bool) -> str:
     if dry_run or not ceilings:
         return ""
@@ -137,23 +144,36 @@ def _ceilings(ceilings: Mapping[str, Any], dry_run: bool) -> str:
 
 
 def _contenders(parts: Sequence[Mapping[str, Any]]) -> str:
-    rows = [[each["name"], each["kind"], each["remark"]] for part in parts for each in part["contenders"]]
-    return "## Contenders\n\n" + _table(["name", "kind", "remark"], rows) if rows else ""
+    rows = [
+        [part["operation"], each["name"], each["kind"], each["remark"]]
+        for part in parts
+        for each in part["contenders"]
+    ]  # fmt: skip
+    return "## Contenders\n\n" + _table(["operation", "name", "kind", "remark"], rows) if rows else ""
 
 
 def _correctness(parts: Sequence[Mapping[str, Any]], races: Sequence[Mapping[str, Any]]) -> str:
-    checks = [check for part in parts for check in part["checks"]]
-    lines = ["## Correctness", "", "| contender | checks passed | largest error over what rounding allows |"]
-    lines += ["| --- | ---: | ---: |"]
-    for name in dict.fromkeys(check["contender"] for check in checks):
-        own = [check for check in checks if check["contender"] == name]
-        errors = [check["error"] for check in own if check["error"] is not None]
-        passed = sum(check["fault"] is None for check in own)
-        lines.append(f"| {name} | {passed} of {len(own)} | {max(errors, default=float('nan')):.2f} |")
-    faults = [f"- **{check['contender']}** {check['step']}, {check['case']}: {check['fault']}" for check in checks
-              if check["fault"]]  # fmt: skip
+    lines = [
+        "## Correctness",
+        "",
+        "| operation | contender | checks passed | largest error over what rounding allows |",
+    ]
+    lines += ["| --- | --- | ---: | ---: |"]
+    faults = []
+    for part in parts:
+        for name in dict.fromkeys(check["contender"] for check in part["checks"]):
+            own = [check for check in part["checks"] if check["contender"] == name]
+            errors = [check["error"] for check in own if check["error"] is not None]
+            passed = sum(check["fault"] is None for check in own)
+            worst = f"{max(errors):.2f}" if errors else "-"
+            lines.append(f"| {part['operation']} | {name} | {passed} of {len(own)} | {worst} |")
+            faults += [
+                f"- **{name}** {part['operation']} {check['step']}, {check['case']}: {check['fault']}"
+                for check in own
+                if check["fault"]
+            ]
     faults += [
-        f"- **{record['contender']}** {race['step']} at {race['shape']}, {record['sizes']}: {record['reason']}"
+        f"- **{record['contender']}** {_name(race)}, {record['sizes']}: {record['reason']}"
         for race in races
         for record in race["wrong"]
     ]
@@ -162,6 +182,7 @@ def _correctness(parts: Sequence[Mapping[str, Any]], races: Sequence[Mapping[str
 
 def _summary(races: Sequence[Mapping[str, Any]], dry_run: bool) -> str:
     header = [
+        "operation",
         "shape",
         "step",
         "sizes",
@@ -175,11 +196,12 @@ def _summary(races: Sequence[Mapping[str, Any]], dry_run: bool) -> str:
         header += ["rate", "of matmul", "of copy"]
     rows = []
     for race in races:
-        for sizes, best in _best_of_ours(race):
-            row = [race["shape"], race["step"], sizes, best["contender"], _times(best["times_best_peer"])]
+        for sizes, best in best_of_ours(race).items():
+            row = [race["operation"], race["shape"], race["step"], sizes, best["contender"]]
+            row.append(_times(best["times_best_peer"]))
             row += [best["best_peer"] or "none", _share(best["share_of_bound"]), _times(best["vs_uniform"])]
             if not dry_run:
-                row += [_rate(best, race["decode"]), _share(best["share_of_matmul"]), _share(best["share_of_copy"])]
+                row += [_rate(best, race["judged_by"]), _share(best["share_of_matmul"]), _share(best["share_of_copy"])]
             rows.append(row)
     return "## Ours against the best peer\n\n" + _table(header, rows) if rows else ""
 
@@ -194,21 +216,24 @@ def _race(race: Mapping[str, Any], dry_run: bool) -> str:
         row = [cell["sizes"], cell["contender"], cell["kind"], _times(cell["times_best_peer"])]
         row += [_share(cell["share_of_bound"]), _times(cell["vs_uniform"])]
         if not dry_run:
-            row += [f"{cell['time'] * 1e6:.1f}", f"{cell['spread']:.1%}", _rate(cell, race["decode"])]
+            row += [f"{cell['time'] * 1e6:.1f}", f"{cell['spread']:.1%}", _rate(cell, race["judged_by"])]
             row += [_share(cell[f"share_of_{name}"]) for name in ("matmul", "copy", "roof")]
             row.append(_clock(cell))
         rows.append(row)
-    title = f"## {race['shape']}, {race['step']}\n\n"
-    note = f"{dims}; {race['calls']} calls a program" + (f", {race['weight_copies']} copies of the weights." if race[
-        "weight_copies"] > 1 else ".")  # fmt: skip
-    return title + note + "\n\n" + (_table(header, rows) if rows else "Nobody ran.")
+    title = f"## {race['operation']}: {race['shape']}, {race['step']}\n\n"
+    note = f"{dims}; {race['calls']} calls a program"
+    if race["weight_copies"] > 1:
+        note += f", {race['weight_copies']} copies of the weights"
+    if race["cached"]:
+        note += ", all of whose operands fit into the L2 cache: a share of the copy rate means nothing here"
+    return title + note + ".\n\n" + (_table(header, rows) if rows else "Nobody ran.")
 
 
-def _rate(cell: Mapping[str, Any], decode: bool) -> str:
-    if decode:
-        return f"{cell['weight_bytes'] / cell['time'] / 1e9:,.0f} GB/s of weights"
-    rate = cell["flops"] / cell["time"] / 1e12
-    return f"{rate:.0f} TFLOP/s" if rate >= 100 else f"{rate:.2g} TFLOP/s"
+def _rate(cell: Mapping[str, Any], judged_by: str) -> str:
+    rate = cell[judged_by] / cell["time"]
+    if judged_by == "flops":
+        return f"{rate / 1e12:.0f} TFLOP/s" if rate >= 1e14 else f"{rate / 1e12:.2g} TFLOP/s"
+    return f"{rate / 1e9:,.0f} GB/s" + (" of weights" if judged_by == "weight_bytes" else "")
 
 
 def _clock(cell: Mapping[str, Any]) -> str:
@@ -226,10 +251,11 @@ def _not_run(
     where: dict[tuple[str, str], list[str]] = {}
     for part in correctness:
         for record in part["not_run"]:
-            where.setdefault((record["contender"], record["reason"]), []).append(f"correctness, {record['step']}")
+            place = f"{part['operation']} correctness, {record['step']}"
+            where.setdefault((record["contender"], record["reason"]), []).append(place)
     for race in races:
         for record in race["not_run"]:
-            place = f"{race['shape']} {race['step']} {record['sizes']}".strip()
+            place = f"{_name(race)} {record['sizes']}".strip()
             where.setdefault((record["contender"], record["reason"]), []).append(place)
     for way, reason in ceilings.get("not_run", {}).items():
         where.setdefault((way, reason), []).append("ceilings")

@@ -123,7 +123,7 @@ def tune_race(
         program = JaxProgram(compiled.pop(name), sets, settings.clock, settings.cupti)
         with watch(name, tiles.key(race)):
             try:
-                fault = operation.wrong(race, sets[0], program.run()[0])
+                fault = operation.fault(race, sets[0], program.run()[0])
             except Exception as error:
                 raise_if_lost(name, first_line(error))
                 fault = first_line(error)
@@ -143,18 +143,19 @@ def tune_parts(
 ) -> None:
     """Sweeps the races of these parts and rewrites the tables after each; sweeps in the folder are not repeated.
 
-    A copy of each table goes into the folder.
+    A copy of each table goes into the folder. Decoding has no tiles to choose.
 
     Raises:
       BenchError: no operation among the parts has tiles, or no candidate runs.
       OutOfTime: the next sweep would probably end too late.
     """
-    chosen = [
-        (operation, part)
+    tunable = {
+        f"{operation.name}/{part}": (operation, part)
         for operation in operations
-        for part in operation.parts
-        if operation.tiles is not None and f"{operation.name}/{part}" in parts
-    ]
+        for part, races in operation.parts.items()
+        if operation.tiles is not None and races[0].judged_by == "flops"
+    }
+    chosen = [tunable[part] for part in parts if part in tunable]
     if not chosen:
         raise BenchError("--tune: none of these parts has tiles to choose")
     if not folder.is_done(CEILINGS):
@@ -166,10 +167,10 @@ def tune_parts(
         record = folder.read(name) or {"sweeps": {}}
         sweeps: dict[str, Any] = record["sweeps"]
         _save(tiles, sweeps, folder)
-        races: dict[str, Race] = {}
+        by_key: dict[str, Race] = {}
         for race in operation.parts[part]:
-            races.setdefault(tiles.key(race), race)
-        for key, race in races.items():
+            by_key.setdefault(tiles.key(race), race)
+        for key, race in by_key.items():
             if key in sweeps:
                 continue
             with budget.piece():
@@ -181,7 +182,7 @@ def tune_parts(
                 "seconds": {str(list(tried)): seconds for tried, seconds in found.seconds.items()},
                 "failed": {str(list(tried)): reason for tried, reason in found.failed.items()},
             }
-            folder.write(name, {"sweeps": sweeps}, complete=len(sweeps) == len(races))
+            folder.write(name, {"sweeps": sweeps}, complete=len(sweeps) == len(by_key))
             _save(tiles, sweeps, folder)
             print(f"tuned: {key}: {list(found.best)}", flush=True)
 
