@@ -207,6 +207,10 @@ class Layout:
         """Index of this device's first expert, of `local_experts` per device."""
         return lax.axis_index(EXPERT) * local_experts
 
+    def token_shard_index_local(self) -> jax.Array:
+        """Which part of the batch this device holds."""
+        return lax.axis_index(self.token_axes)
+
     def agree_local(self, x: jax.Array) -> jax.Array:
         """A value that all devices of the `group` axis hold alike, marked as such so that it can leave the program."""
         return lax.pmax(x, GROUP)

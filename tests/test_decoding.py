@@ -9,7 +9,7 @@ import pytest
 from tiny import plain_batch, relative_error, tiny_config, tiny_model
 
 from foejax.decoding import Sampling, decode_step, prefill
-from foejax.decoding.sampling import sample
+from foejax.decoding.sampling import RowSampling, sample
 from sharding import Layout
 
 LENGTHS = np.array([3, 4, 5, 6, 7, 8, 2, 1], np.int32)
@@ -95,18 +95,39 @@ def test_bad_prompts_are_refused(prompts: list[list[int]], new: int, words: str)
         tiny_model(tiny_config(num_layers=2)).generate(prompts, new)
 
 
+def drawn_tokens(probabilities: list[float], rows: int = 400, **options: float) -> list[list[int]]:
+    """Which tokens rows of equal logits draw; two kinds of rows take turns where an option has two values."""
+    kinds = max(len(np.atleast_1d(value)) for value in options.values())
+    fields = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | options
+    sampling = RowSampling(
+        **{
+            name: jnp.resize(jnp.asarray(value, "int32" if name == "top_k" else "float32"), rows)
+            for name, value in fields.items()
+        }
+    )
+    logits = jnp.log(jnp.asarray([probabilities] * rows))
+    tokens = np.asarray(jax.jit(sample)(logits, jax.random.split(jax.random.key(0), rows), sampling))
+    return [sorted(set(tokens[kind::kinds].tolist())) for kind in range(kinds)]
+
+
 def test_sampling_keeps_to_its_candidates() -> None:
-    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]] * 400))
-    keys = jax.random.split(jax.random.key(0), 400)
-
-    def drawn(**options: float) -> list[int]:
-        return sorted(set(np.asarray(sample(logits, keys, Sampling(**options))).tolist()))
-
-    assert drawn(temperature=0.0) == [0]
-    assert drawn(temperature=1.0) == [0, 1, 2, 3]
-    assert drawn(temperature=1.0, top_k=2) == [0, 1]
-    assert drawn(temperature=1.0, top_p=0.79) == [0, 1]
-    assert drawn(temperature=1.0, top_p=0.81) == [0, 1, 2]
+    likely = [0.5, 0.3, 0.15, 0.05]
+    assert drawn_tokens(likely, temperature=0.0) == [[0]]
+    assert drawn_tokens(likely, temperature=1.0) == [[0, 1, 2, 3]]
+    assert drawn_tokens(likely, top_k=2) == [[0, 1]]
+    assert drawn_tokens(likely, top_p=0.79) == [[0, 1]]
+    assert drawn_tokens(likely, top_p=0.81) == [[0, 1, 2]]
+    assert drawn_tokens(likely, min_p=0.29) == [[0, 1, 2]]
+    assert drawn_tokens(likely, min_p=0.31) == [[0, 1]]
+    assert drawn_tokens(likely, top_k=3, top_p=0.83) == [[0, 1]], "0.8 of the three is 0.84 of them"
     for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Sampling(**bad)
+
+
+def test_every_row_samples_in_its_own_way() -> None:
+    likely = [0.5, 0.3, 0.15, 0.05]
+    assert drawn_tokens(likely, temperature=[0.0, 1.0]) == [[0], [0, 1, 2, 3]]
+    assert drawn_tokens(likely, top_k=[2, 0]) == [[0, 1], [0, 1, 2, 3]]
+    assert drawn_tokens(likely, top_p=[0.81, 0.4]) == [[0, 1, 2], [0]]
+    assert drawn_tokens(likely, min_p=[0.0, 0.9]) == [[0, 1, 2, 3], [0]]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from foejax.decoding.sampling import Sampling, sample
+from foejax.decoding.sampling import RowSampling, Sampling, sample
 from foejax.decoding.steps import cache_specs, prefill, step_local
 from foejax.models import LanguageModel
 from foejax.models.cache import DenseCache
@@ -110,8 +110,11 @@ def _decode_loop(
         cache, logits, lengths, live, keys = jax.tree.map(layout.vary_local, inputs)
 
         def draw(logits: jax.Array, step: jax.Array) -> jax.Array:
+            logits = layout.gather_vocab_local(logits, dim=1)
+            if sampling.temperature == 0:  # a program without random numbers compiles sooner
+                return jnp.argmax(logits, axis=-1).astype(jnp.int32)
             step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(jax.random.wrap_key_data(keys), step)
-            return sample(layout.gather_vocab_local(logits, dim=1), step_keys, sampling)
+            return sample(logits, step_keys, RowSampling.alike(sampling, logits.shape[0], logits.dtype))
 
         def append(token: jax.Array, step: jax.Array, live: jax.Array, out: jax.Array, counts: jax.Array):  # type: ignore[no-untyped-def]
             out = out.at[:, step].set(jnp.where(live, token, 0))

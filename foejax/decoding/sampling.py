@@ -6,9 +6,11 @@ Shape letters: B sequences, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 
 @dataclass(frozen=True)
@@ -37,22 +39,58 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} does not lie in (0, 1]: choose 1 for all tokens")
 
 
-def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
+@struct.dataclass
+class RowSampling:
+    """How each row draws; every field is [B], of which a row with temperature 0 reads the first alone.
+
+    Attributes:
+      temperature, top_k, top_p: as in `Sampling`.
+      min_p: leave out tokens less likely than this share of the likeliest one's probability; 0 is none.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+
+    @classmethod
+    def alike(cls, sampling: Sampling, rows: int, dtype: jax.typing.DTypeLike) -> RowSampling:
+        """The same for all rows; `dtype` is that of the logits."""
+        full = partial(jnp.full, (rows,))
+        return cls(
+            full(sampling.temperature, dtype),
+            full(sampling.top_k, jnp.int32),
+            full(sampling.top_p, dtype),
+            full(0.0, dtype),
+        )
+
+
+def sample(logits_BV: jax.Array, keys_B: jax.Array, rows: RowSampling) -> jax.Array:
     """Next tokens [B], int32; each row draws with its own key, so that it does not depend on its neighbours."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-    if sampling.top_p < 1:
-        logits_BV = _keep_nucleus(logits_BV, sampling.top_p)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    draws_B = rows.temperature > 0
+
+    def draw() -> jax.Array:
+        scaled_BV = logits_BV / jnp.where(draws_B, rows.temperature, 1)[:, None]
+        peak_B1 = scaled_BV.max(axis=-1, keepdims=True)
+        least_B1 = peak_B1 + jnp.log(rows.min_p)[:, None]
+        narrowed = draws_B & ((rows.top_k > 0) | (rows.top_p < 1))
+        least_B1 = jax.lax.cond(
+            jnp.any(narrowed), lambda: jnp.maximum(least_B1, _least_candidate(scaled_BV, rows)), lambda: least_B1
+        )
+        candidates_BV = jnp.where(scaled_BV < least_B1, -jnp.inf, scaled_BV)
+        return jax.vmap(jax.random.categorical)(keys_B, candidates_BV).astype(jnp.int32)
+
+    return jnp.where(draws_B, jax.lax.cond(jnp.any(draws_B), draw, lambda: greedy_B), greedy_B)
 
 
-def _keep_nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
+def _least_candidate(logits_BV: jax.Array, rows: RowSampling) -> jax.Array:
+    """Smallest logit [B, 1] among the top k, and among the smallest set of those whose probability reaches top_p."""
     descending_BV = -jnp.sort(-logits_BV, axis=-1)
-    probability_BV = jax.nn.softmax(descending_BV, axis=-1)
+    rank_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)
+    top_k_B = jnp.where(rows.top_k > 0, rows.top_k, logits_BV.shape[-1])
+    top_BV = jnp.where(rank_V[None] < top_k_B[:, None], descending_BV, -jnp.inf)
+    probability_BV = jax.nn.softmax(top_BV, axis=-1)
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    least_B1 = jnp.min(jnp.where(before_BV < top_p, descending_BV, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    kept_BV = (before_BV < rows.top_p[:, None]) & (probability_BV > 0)
+    return jnp.min(jnp.where(kept_BV, top_BV, jnp.inf), axis=-1, keepdims=True)

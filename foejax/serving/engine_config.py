@@ -1,0 +1,107 @@
+"""Sizes of an engine as a user gives them, and what they come to on a model's devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+
+from foejax.config import ConfigError, ModelConfig
+from foejax.serving.scheduler import SchedulerLimits
+from sharding import Layout
+from sharding.mesh import GROUP
+
+_CACHE_BYTES_WITHOUT_GPU = 2 << 30
+_SHARE_OF_FREE_GPU_MEMORY = 0.8
+"""The rest is for the activations of a step."""
+_SMALLEST_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine; where devices hold different sequences (`data`, `expert`), they share them evenly.
+
+    Attributes:
+      max_sequences: sequences that run at the same time; others wait.
+      context: longest sequence, prompt and output; 0 is the model's.
+      cache_tokens: tokens whose keys and values fit the cache; 0 is as many as `max_sequences` of `context` need, or as
+        fit into most of a GPU's free memory (without a GPU: 2 GiB).
+      block_size: tokens of a cache block.
+      prefill_tokens: prompt tokens of a step.
+      decode_steps: tokens in a row that sequences decode without the host where nobody waits.
+      reuse_prefixes: keep the cache of finished sequences for prompts that begin like them, while there is room.
+    """
+
+    max_sequences: int = 64
+    context: int = 0
+    cache_tokens: int = 0
+    block_size: int = 16
+    prefill_tokens: int = 512
+    decode_steps: int = 8
+    reuse_prefixes: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            least = 0 if field.name in ("context", "cache_tokens", "reuse_prefixes") else 1
+            value = getattr(self, field.name)
+            if value < least:
+                raise ConfigError(f"{field.name}={value}: choose at least {least}")
+
+    def context_of(self, model: ModelConfig) -> int:
+        """Longest sequence.
+
+        Raises:
+          ConfigError: it is longer than the model's.
+        """
+        if self.context > model.max_seq_len:
+            raise ConfigError(
+                f"context={self.context} is longer than the model's max_seq_len={model.max_seq_len}: "
+                f"choose at most {model.max_seq_len}"
+            )
+        return self.context or model.max_seq_len
+
+    def limits(self, model: ModelConfig, layout: Layout) -> SchedulerLimits:
+        """Sizes of each part of the devices that holds sequences of its own.
+
+        Raises:
+          ConfigError: the cache is too small for one sequence of the context.
+        """
+        shards, context = layout.num_token_shards, self.context_of(model)
+        sequences = -(-self.max_sequences // shards)
+        blocks = self._cache_blocks(model, layout, sequences, context)
+        if blocks * self.block_size < context:
+            there = blocks * self.block_size * shards
+            raise ConfigError(
+                f"the cache holds {there} tokens, {there // shards} in each of {shards} parts of the devices, and the "
+                f"context is {context}: choose a shorter context, or a larger cache_tokens if memory allows"
+            )
+        lengths = {self.prefill_tokens // divisor for divisor in (1, 4, 16)}
+        lengths = {length for length in lengths if length >= _SMALLEST_CHUNK} or {self.prefill_tokens}
+        return SchedulerLimits(
+            num_shards=shards,
+            max_sequences=sequences,
+            num_blocks=blocks,
+            block_size=self.block_size,
+            prefill_shapes=tuple((self.prefill_tokens // length, length) for length in sorted(lengths)),
+            decode_steps=(1, self.decode_steps) if self.decode_steps > 1 else (1,),
+            reuse_prefixes=self.reuse_prefixes,
+        )
+
+    def _cache_blocks(self, model: ModelConfig, layout: Layout, sequences: int, context: int) -> int:
+        """Blocks of one part of the devices."""
+        if self.cache_tokens:
+            return self.cache_tokens // layout.num_token_shards // self.block_size
+        wanted = sequences * -(-context // self.block_size)
+        heads = model.num_kv_heads // layout.mesh.shape[GROUP]
+        token_bytes = 2 * model.num_layers * heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+        return min(wanted, _memory_for_cache(layout) // (token_bytes * self.block_size))
+
+
+def _memory_for_cache(layout: Layout) -> int:
+    """Bytes on each device."""
+    device: jax.Device = layout.mesh.devices.flat[0]
+    statistics = device.memory_stats() if device.platform == "gpu" else None
+    if not statistics:
+        return _CACHE_BYTES_WITHOUT_GPU // layout.mesh.devices.size
+    return int(_SHARE_OF_FREE_GPU_MEMORY * (statistics["bytes_limit"] - statistics["bytes_in_use"]))

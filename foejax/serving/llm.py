@@ -1,0 +1,183 @@
+"""The engine for notebooks and scripts: prompts in, continuations out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.progress import Progress
+
+from foejax.serving.engine import Engine, Piece
+from foejax.serving.engine_config import EngineConfig
+from foejax.serving.runner import ModelRunner, TokenLogprobs
+from foejax.serving.sampling_params import SamplingParams
+from foejax.serving.scheduler import Scheduler
+from foejax.serving.sequence import FinishReason
+
+if TYPE_CHECKING:
+    from foejax.api import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+"""A text, read as the beginning of a document, or token ids as they are."""
+
+
+@dataclass
+class Continuation:
+    """One continuation of a prompt.
+
+    Attributes:
+      text: "" where the model has no tokenizer.
+      tokens: the stop token included.
+      logprobs: of every token, where asked for.
+      finish_reason: why it ended.
+    """
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+
+    def extend(self, piece: Piece) -> None:
+        """Append what a step added."""
+        self.text += piece.text
+        self.tokens.extend(piece.tokens)
+        if piece.logprobs is not None:
+            self.logprobs = [*(self.logprobs or []), *piece.logprobs]
+        self.finish_reason = piece.finish_reason
+
+
+@dataclass
+class Completion:
+    """A prompt's token ids and its `n` continuations."""
+
+    prompt_tokens: list[int]
+    continuations: list[Continuation]
+
+    @property
+    def text(self) -> str:
+        """Text of the first continuation."""
+        return self.continuations[0].text
+
+
+class LLM:
+    """A model ready to continue many prompts at once.
+
+    Example:
+        llm = LLM("runs/first")
+        for completion in llm.generate(["To be", "or not"], SamplingParams(max_tokens=40, temperature=0)):
+            print(completion.text)
+    """
+
+    def __init__(
+        self,
+        model: str | Path | LoadedModel,
+        config: EngineConfig | None = None,
+        *,
+        devices: int = 0,
+        dtype: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Load a model and compile every program it will need.
+
+        Args:
+          model: a run folder, an exported folder, or what `foejax.load` returned.
+          devices: how many to use; 0 takes all there are. For a loaded model its own.
+          dtype: compute dtype in place of the model's own. For a loaded model its own.
+          progress: show a bar while compiling.
+
+        Raises:
+          ConfigError: no model there, or sizes that do not fit it.
+        """
+        if isinstance(model, (str, Path)):
+            from foejax.api import load
+
+            model = load(model, devices=devices, dtype=dtype)
+        config = config or EngineConfig()
+        language_model, self.tokenizer = model.model, model.tokenizer
+        layout = language_model.layout
+        if layout.gathers_params:
+            language_model = language_model.with_layout(replace(layout, shard_params=False))
+        self.context = config.context_of(language_model.config)
+        self.limits = config.limits(language_model.config, layout)
+        self.runner = ModelRunner(language_model, self.limits, context=self.context)
+        self.vocab_size = language_model.config.vocab_size
+        _compile(self.runner, progress)
+        self.engine = self.make_engine()
+
+    def make_engine(self) -> Engine:
+        """A fresh engine over the compiled model; it must be the only one in use."""
+        tokenizer = self.tokenizer
+        return Engine(
+            self.runner,
+            Scheduler(self.limits),
+            context=self.context,
+            vocab_size=self.vocab_size,
+            eos_id=tokenizer.eos_id if tokenizer else None,
+            decode=tokenizer.decode if tokenizer else None,
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+          ValueError: a text, and the model has no tokenizer.
+        """
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise ValueError("the model has no tokenizer: give prompts as token ids")
+        return self.tokenizer.encode(prompt, start_of_document=True)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Continue prompts; results in their order.
+
+        Args:
+          params: for all, or one for each.
+
+        Raises:
+          PromptError, SamplingParamsError, ValueError: a prompt or parameter that does not fit; nothing is generated.
+        """
+        listed = _as_list(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(listed)
+        if len(each) != len(listed):
+            raise ValueError(f"{len(each)} params for {len(listed)} prompts: give one for each, or one for all")
+        completions = [
+            Completion(self.encode(prompt), [Continuation() for _ in range(own.n)])
+            for prompt, own in zip(listed, each, strict=True)
+        ]
+        added: list[str] = []
+        try:
+            for index, (completion, own) in enumerate(zip(completions, each, strict=True)):
+                self.engine.add(str(index), completion.prompt_tokens, own)
+                added.append(str(index))
+            while self.engine.num_unfinished:
+                for piece in self.engine.step():
+                    completions[int(piece.request_id)].continuations[piece.index].extend(piece)
+        except BaseException:  # an interrupt too leaves an engine that can go on
+            for request_id in added:
+                self.engine.abort(request_id)
+            self.engine.step()
+            raise
+        return completions
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, a text or token ids, as a list of one."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _compile(runner: ModelRunner, progress: bool) -> None:
+    with Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("compiling", total=runner.num_programs)
+        for name in runner.compile():
+            bar.update(task, advance=1, description=f"compiled {name}")
+    logger.info("compiled %d programs; no more are needed", runner.num_programs)
