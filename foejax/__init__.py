@@ -25,14 +25,18 @@ if TYPE_CHECKING:
     from foejax.devices import simulate_devices
     from foejax.evaluation.evaluate import evaluate
     from foejax.models import LanguageModel
+    from foejax.serving.llm import LLM
+    from foejax.serving.sampling_params import SamplingParams
     from foejax.training.loop import train
 
 _HOMES = {
     "ConfigError": "foejax.config",
     "DataError": "foejax.data",
+    "LLM": "foejax.serving.llm",
     "LanguageModel": "foejax.models",
     "LoadedModel": "foejax.api",
     "RunConfig": "foejax.config",
+    "SamplingParams": "foejax.serving.sampling_params",
     "account": "foejax.analysis.accounting",
     "build": "foejax.api",
     "communication_report": "foejax.analysis.comms",
@@ -49,9 +53,11 @@ _HOMES = {
 __all__ = [
     "ConfigError",
     "DataError",
+    "LLM",
     "LanguageModel",
     "LoadedModel",
     "RunConfig",
+    "SamplingParams",
     "account",
     "build",
     "communication_report",

@@ -151,7 +151,7 @@ def load(
     refused = [name for name in overrides if name.partition(".")[0] not in ("mesh", "data")]
     if refused:
         raise ConfigError(f"{refused[0]} cannot change for a trained model: only mesh.* and data.* can")
-    saved = _read_config(folder)
+    saved = read_folder_config(folder)
     # The devices are those of this machine, not those of the training; the kind of layout stays.
     mesh = {"mesh.layout": saved.mesh.layout, "mesh.devices": devices}
     config = override_config(saved.model_copy(update={"mesh": MeshConfig()}), mesh | overrides)
@@ -222,7 +222,12 @@ def import_folder(source: str | Path, run_dir: str | Path, overrides: dict[str, 
     return config
 
 
-def _read_config(folder: Path) -> RunConfig:
+def read_folder_config(folder: Path) -> RunConfig:
+    """The config of a run folder, or of an exported folder with defaults for all but the model.
+
+    Raises:
+      ConfigError: neither of the two.
+    """
     if (folder / CONFIG).is_file():
         return load_config(folder / CONFIG)
     if (folder / _EXPORTED_CONFIG).is_file():

@@ -203,6 +203,10 @@ class Layout:
         """All-to-all between the devices that share experts: block p goes to device p."""
         return all_to_all_local(x_P, EXPERT)
 
+    def sum_over_expert_shards_local(self, x: jax.Array) -> jax.Array:
+        """Sum over the devices that share the experts of a layer, the same on all of them."""
+        return x if self.num_expert_shards == 1 else self.vary_local(lax.psum(x, EXPERT))
+
     def expert_offset_local(self, local_experts: int) -> jax.Array:
         """Index of this device's first expert, of `local_experts` per device."""
         return lax.axis_index(EXPERT) * local_experts

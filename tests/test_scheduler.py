@@ -181,6 +181,17 @@ def test_a_conversation_finds_the_answer_too() -> None:
     assert following.num_cached == (len(first.tokens) - 1) // 4 * 4 > 3
 
 
+def test_outputs_stay_private_where_they_are_computed_otherwise() -> None:
+    scheduler = Scheduler(replace(LIMITS, reuse_outputs=False))
+    first = make_sequence(0, [1, 2, 3, 4, 5], 10)
+    scheduler.add(first)
+    run(scheduler)
+    following = make_sequence(1, [*first.tokens, 4, 5], 2)
+    scheduler.add(following)
+    scheduler.plan()
+    assert len(first.tokens) > 8 and following.num_cached == 4
+
+
 def test_whoever_came_last_gives_its_blocks_back() -> None:
     scheduler = Scheduler(replace(LIMITS, num_blocks=8, decode_steps=(1,), reuse_prefixes=False))
     old, young = make_sequence(0, [1] * 12, 20), make_sequence(1, [2] * 14, 17)

@@ -20,7 +20,7 @@ from foejax.models import LanguageModel
 from foejax.serving.engine import PromptError
 from foejax.serving.engine_config import EngineConfig
 from foejax.serving.llm import LLM, Completion
-from foejax.serving.sampling_params import SamplingParams
+from foejax.serving.sampling_params import SamplingParams, SamplingParamsError
 from foejax.serving.sequence import FinishReason
 from sharding import Layout
 from sharding.races import find_races
@@ -46,7 +46,7 @@ def make_model(binding: str) -> LanguageModel:
 
 @functools.cache
 def make_llm(binding: str, engine: str) -> LLM:
-    config = ENGINES[engine]
+    config = replace(ENGINES[engine], score_prompts=engine == "roomy")
     if engine == "cramped":
         shards = make_model(binding).layout.num_token_shards
         sequences = max(config.max_sequences, 3 * shards)
@@ -75,14 +75,24 @@ def tokens_of(completions: list[Completion]) -> list[list[int]]:
     return [completion.continuations[0].tokens for completion in completions]
 
 
-def margin_after(model: LanguageModel, tokens: list[int]) -> float:
-    """Gap between the two best logits of the next token."""
+def model_logprobs(model: LanguageModel, tokens: list[int]) -> np.ndarray:
+    """Log-probabilities [T, V] of the token after each one."""
     padded = np.zeros((1, 64), np.int32)
     padded[0, : len(tokens)] = tokens
     positions = np.arange(64, dtype=np.int32)[None]
     batch = {"tokens": padded, "positions": positions, "segment_ids": (positions < len(tokens)).astype(np.int32)}
-    logits = np.sort(np.asarray(jax.jit(model.logits)(batch))[len(tokens) - 1])
-    return float(logits[-1] - logits[-2])
+    return np.asarray(jax.nn.log_softmax(_logits_of(model)(batch), axis=-1))[: len(tokens)]
+
+
+@functools.cache
+def _logits_of(model: LanguageModel) -> Any:
+    return jax.jit(model.logits)
+
+
+def margin_after(model: LanguageModel, tokens: list[int]) -> float:
+    """Gap between the two best log-probabilities of the next token."""
+    best = np.sort(model_logprobs(model, tokens)[-1])
+    return float(best[-1] - best[-2])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -176,19 +186,32 @@ def test_log_probabilities_are_the_models() -> None:
     prompt = random_prompts(1, seed=6)[0]
     params = SamplingParams(max_tokens=6, temperature=2.0, seed=3, logprobs=4, repetition_penalty=1.5)
     continuation = llm.generate([prompt], params)[0].continuations[0]
-    tokens = prompt + continuation.tokens
-    row = np.zeros((1, 64), np.int32)
-    row[0, : len(tokens)] = tokens
-    positions = np.arange(64, dtype=np.int32)[None]
-    segments = (positions < len(tokens)).astype(np.int32)
-    logits = jax.jit(model.logits)({"tokens": row, "positions": positions, "segment_ids": segments})
-    logprobs = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    logprobs = model_logprobs(model, prompt + continuation.tokens)
     assert continuation.logprobs is not None and len(continuation.logprobs) == 6
     for index, found in enumerate(continuation.logprobs):
         own = logprobs[len(prompt) + index - 1]
         np.testing.assert_allclose(found.logprob, own[continuation.tokens[index]], atol=1e-4)
         assert list(found.top_tokens) == np.argsort(-own)[:4].tolist()
         np.testing.assert_allclose(found.top_logprobs, np.sort(own)[::-1][:4], atol=1e-4)
+
+
+@pytest.mark.parametrize("binding", BINDINGS)
+def test_log_probabilities_of_prompts_are_the_models(binding: str) -> None:
+    prompts = random_prompts(10, seed=9)
+    params = [SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=index % 3) for index in range(10)]
+    for index, completion in enumerate(make_llm(binding, "roomy").generate(prompts, params)):
+        logprobs = model_logprobs(make_model(binding), prompts[index])
+        assert len(completion.prompt_logprobs) == len(prompts[index]) - 1
+        for place, found in enumerate(completion.prompt_logprobs):
+            np.testing.assert_allclose(found.logprob, logprobs[place, prompts[index][place + 1]], atol=1e-4)
+            assert list(found.top_tokens) == np.argsort(-logprobs[place])[: index % 3].tolist()
+        assert len(completion.continuations[0].tokens) == 2
+    engine = make_llm(binding, "roomy").engine
+    engine.add("unwanted", prompts[0], SamplingParams(prompt_logprobs=1, n=2))
+    engine.abort("unwanted")
+    assert [piece.finish_reason for piece in engine.step()] == [FinishReason.ABORT] * 2 and not engine.num_unfinished
+    with pytest.raises(SamplingParamsError, match="prompt_logprobs=1 needs an engine that scores prompts: set score"):
+        make_llm(binding, "cramped").generate(prompts, SamplingParams(prompt_logprobs=1))
 
 
 def test_a_penalty_keeps_tokens_from_coming_back() -> None:
@@ -244,7 +267,8 @@ def test_bad_prompts_are_refused_and_leave_nothing_behind(prompt: Any, params: d
 
 @pytest.mark.parametrize("binding", BINDINGS)
 def test_collectives_of_its_programs_do_not_race(binding: str) -> None:
-    programs = make_llm(binding, "roomy").runner._programs.values()
-    assert len(programs) >= 4
+    llm = make_llm(binding, "roomy")
+    programs = [*llm.runner._programs.values(), llm.scorer._program]
+    assert len(programs) >= 5
     for program in programs:
         assert not find_races(program.as_text())

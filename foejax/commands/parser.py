@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from foejax.commands import data, folder, inspect, train
+from foejax.commands import bench, data, folder, inspect, serve, train
 from foejax.commands.fields import describe_fields
 from foejax.config import ConfigError
 
@@ -28,6 +29,7 @@ examples:
   foejax train foe_tiny --run-dir runs/first --devices 8 --training.num_steps 100
   foejax evaluate runs/first
   foejax generate runs/first --prompt "To be, or" --max-new-tokens 40
+  foejax serve runs/first --port 8000
   foejax comms foe_tiny --devices 8
   foejax info foe_7b --devices 8
   foejax export runs/first exported/first
@@ -82,6 +84,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_folder_commands(commands)
+    _add_serving(commands)
+    _add_bench(commands)
     _add_conversions(commands)
     _add_inspections(commands)
     _add_data(commands)
@@ -100,6 +104,20 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive: choose at least 1")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative: choose at least 0")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time in seconds: choose at least 0")
     return value
 
 
@@ -179,6 +197,106 @@ def _add_folder_commands(commands: Any) -> None:
     )
     command.add_argument("--tokens", required=True, metavar="1,2,3", help="token ids; nothing is put before them")
     command.add_argument("--out", required=True, metavar="F.npy", help="where the float32 array goes")
+
+
+def _add_serving(commands: Any) -> None:
+    command = _add(
+        commands,
+        "serve",
+        serve.run_serve,
+        "Serve a model over HTTP like OpenAI's API, until SIGTERM or Ctrl-C.",
+        "example:\n  foejax serve runs/first --port 8000\n\n"
+        "The first signal lets running requests finish, the second one ends them. Needs `pip install foejax[serve]`.",
+    )
+    command.add_argument("folder", metavar="DIR", help="a run or an exported folder")
+    _add_devices(command)
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1")
+    command.add_argument("--port", type=_not_negative, default=8000, help="default: 8000; 0 takes a free one")
+    command.add_argument("--name", help="by which clients ask for the model; default: the folder's name")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's own")
+    _add_engine_sizes(command)
+    command.add_argument(
+        "--max-waiting",
+        type=_not_negative,
+        default=256,
+        metavar="N",
+        help="sequences that may wait beside those that run; more are refused; default: 256",
+    )
+    command.add_argument("--request-timeout", type=_seconds, metavar="S", help="a request ends there with what it has")
+    command.add_argument(
+        "--drain-timeout", type=_seconds, default=30.0, metavar="S", help="for what runs at a signal; default: 30"
+    )
+
+
+def _add_engine_sizes(command: argparse.ArgumentParser) -> None:
+    sizes: list[tuple[str, Callable[[str], Any], Any, str]] = [
+        ("--max-sequences", _positive, 64, "sequences that run at the same time"),
+        ("--context", _not_negative, 0, "longest sequence, prompt and output; 0 is the model's"),
+        ("--cache-tokens", _not_negative, 0, "tokens that the cache holds; 0 is as many as fit"),
+        ("--prefill-tokens", _positive, 512, "prompt tokens of a step"),
+        ("--decode-steps", _positive, 8, "tokens in a row that are decoded where nobody waits"),
+    ]
+    for name, kind, default, text in sizes:
+        command.add_argument(name, type=kind, default=default, metavar="N", help=f"{text}; default: {default}")
+
+
+def _add_bench(commands: Any) -> None:
+    command = _add(commands, "bench", bench.run_bench_serve, "Measure models and servers: under load, or one pass.")
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_bench_serve(actions)
+    command = _add(
+        actions,
+        "forward",
+        bench.run_bench_forward,
+        "Latency of a whole forward pass over tokens and over sequence lengths, every model in every layout.",
+        "examples:\n  foejax bench forward foe_tiny moe_tiny --devices 8 --max-tokens 2048 --out bench/forward\n"
+        "  foejax bench forward foe_1b moe_1b --out bench/forward\n\n"
+        "The report holds ratios: simulated devices share a CPU, so that times themselves mean something on a GPU "
+        "alone.",
+    )
+    command.add_argument("sources", nargs="+", metavar="DIR|CONFIG", help="a run, an exported folder or a config")
+    _add_devices(command)
+    for name, default, text in (
+        ("--max-tokens", 24_576, "tokens of the longest sequence"),
+        ("--tokens", 8192, "tokens of a pass while the sequence length varies; at most --max-tokens"),
+        ("--turns", 5, "times that each pass is measured; the fastest one counts"),
+    ):
+        command.add_argument(name, type=_positive, default=default, metavar="N", help=f"{text}; default: {default}")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="for report.md, results.json and forward.png")
+
+
+def _add_bench_serve(actions: Any) -> None:
+    command = _add(
+        actions,
+        "serve",
+        bench.run_bench_serve,
+        "TTFT, TBT and E2E of models or servers under Poisson arrivals, all on the identical trace.",
+        "examples:\n  foejax bench serve exported/moe exported/foe --interarrival 0.5 0.75 1.5 --out bench\n"
+        "  foejax bench serve --url http://localhost:8000 --model foe --prompts prompts.jsonl --out bench\n"
+        "  foejax bench serve --url http://localhost:8001 --model moe --trace bench/trace-0.5.jsonl --out bench/moe\n\n"
+        "LENGTHS is N, LOW:HIGH (uniform) or lognormal:MEAN:SIGMA. Engines are compared with the first one. Requests\n"
+        "decode greedily past the end of the text. OPENAI_API_KEY, where set, is sent to servers.",
+    )
+    command.add_argument("folders", nargs="*", metavar="DIR", help="a run or an exported folder, measured in process")
+    command.add_argument("--url", action="append", default=[], help="of a server in its place; repeat it for several")
+    command.add_argument("--model", action="append", default=[], metavar="NAME", help="of the model, once for each URL")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="for the report, the plot and the traces")
+    command.add_argument("--requests", type=_positive, default=64, metavar="N", help="of each trace; default: 64")
+    command.add_argument(
+        "--interarrival", type=_seconds, nargs="+", default=[0.5], metavar="S", help="mean seconds between arrivals"
+    )
+    command.add_argument("--prompt-tokens", default="256", metavar="LENGTHS", help="random prompts; default: 256")
+    command.add_argument("--prompts", metavar="FILE", help="JSONL of texts or token ids in place of random prompts")
+    command.add_argument("--output-tokens", default="256", metavar="LENGTHS", help="default: 256, as in the paper")
+    command.add_argument("--vocab-size", type=_positive, metavar="N", help="random prompts hold ids below it")
+    command.add_argument("--seed", type=_not_negative, default=0, help="of the traces; default: 0")
+    command.add_argument("--trace", nargs="+", metavar="FILE", help="traces of an earlier bench in place of new ones")
+    command.add_argument("--ttft-limit", type=_seconds, metavar="S", help="what a request must keep to count as good")
+    command.add_argument("--tbt-limit", type=_seconds, metavar="S", help="likewise")
+    command.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="of a request; default: 600")
+    _add_devices(command)
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the model's own")
+    _add_engine_sizes(command)
 
 
 def _add_conversions(commands: Any) -> None:

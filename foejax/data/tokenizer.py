@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,9 @@ class Tokenizer:
 
     Raises:
       DataError: the tokenizer has no end-of-text token under a usual name.
+
+    Attributes:
+      special_tokens: ids by text.
     """
 
     def __init__(self, backend: HuggingFaceTokenizer) -> None:
@@ -41,6 +45,8 @@ class Tokenizer:
         self._backend = backend
         self.eos_id: int = vocabulary[name]
         self.vocab_size: int = max(vocabulary.values()) + 1
+        added = backend.get_added_tokens_decoder()
+        self.special_tokens: dict[str, int] = {token.content: index for index, token in added.items() if token.special}
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -66,6 +72,16 @@ class Tokenizer:
         """Token ids of a text; with `start_of_document`, led by `eos_id` as every training document is."""
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return [self.eos_id, *ids] if start_of_document else ids
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """Token ids of a text whose special tokens are written out, as chat templates write them."""
+        return self._special_backend.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _special_backend(self) -> HuggingFaceTokenizer:
+        backend = HuggingFaceTokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, encoded in parallel."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from foejax.decoding.sampling import RowSampling, Sampling, sample
+from foejax.decoding.sampling import RowSampling, Sampling, likeliest, sample
 from foejax.decoding.steps import cache_specs, prefill, step_local
 from foejax.models import LanguageModel
 from foejax.models.cache import DenseCache
@@ -112,7 +112,7 @@ def _decode_loop(
         def draw(logits: jax.Array, step: jax.Array) -> jax.Array:
             logits = layout.gather_vocab_local(logits, dim=1)
             if sampling.temperature == 0:  # a program without random numbers compiles sooner
-                return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+                return likeliest(logits)
             step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(jax.random.wrap_key_data(keys), step)
             return sample(logits, step_keys, RowSampling.alike(sampling, logits.shape[0], logits.dtype))
 

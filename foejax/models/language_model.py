@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec
 from foejax.config import ModelConfig
 from foejax.models.cache import PackedSequences
 from foejax.models.losses import summed_cross_entropy
-from foejax.models.params import param_specs
+from foejax.models.params import cast_to_use, param_specs
 from foejax.models.router import RouterStats, Routing, load_balance_loss
 from foejax.models.transformer import Remat, Transformer, logits_of
 from sharding import Layout
@@ -96,6 +97,12 @@ class LanguageModel(nnx.Module):
         leaves = jax.device_put(jax.tree.leaves(state), shardings)
         transformer = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
         return type(self)(transformer, self.config, layout)
+
+    def for_inference(self) -> Self:
+        """The same model with parameters in its compute dtype, and whole on every data shard."""
+        model = self.with_layout(replace(self.layout, shard_params=False)) if self.layout.gathers_params else self
+        graphdef, state = nnx.split(model.transformer)
+        return type(self)(nnx.merge(graphdef, cast_to_use(state)), model.config, model.layout)
 
     def loss(
         self,

@@ -35,6 +35,13 @@ def enter_params_local(state: nnx.State, layout: Layout) -> nnx.State:
     )
 
 
+def cast_to_use(state: nnx.State) -> nnx.State:
+    """The parameters in the dtype in which layers use them, which spares every pass the cast."""
+    return jax.tree.map(
+        lambda variable: variable.replace(variable.get_value().astype(variable.use_dtype)), state, is_leaf=_is_variable
+    )
+
+
 def _variables(state: nnx.State) -> list[Any]:
     return jax.tree.leaves(state, is_leaf=_is_variable)
 

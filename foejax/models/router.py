@@ -39,12 +39,15 @@ class Routing:
       valid_SNk: False where fewer than k live experts remain or the token is inactive.
       margin_SN: gap between the last chosen selection score and the best one not chosen; a choice with a tiny margin
         may fall differently in another order of summation.
+      unrestricted_SN: sum of the weights that each token's choices would have without a `select_fn`; None where there
+        is none.
     """
 
     indices_SNk: jax.Array
     weights_SNk: jax.Array
     valid_SNk: jax.Array
     margin_SN: jax.Array
+    unrestricted_SN: jax.Array | None = None
 
 
 @struct.dataclass
@@ -99,11 +102,15 @@ def route(
         scores_SNE = jnp.exp(logits_SNE - log_normalizer)
     if active_tokens is None:
         active_tokens = jnp.ones(logits_SNE.shape[1], bool)
-    chosen, weights_Ck = _choose(scores_SNE, k, selection_bias, select_fn, active_tokens)
+    chosen, weights_Ck, unrestricted_C = _choose(scores_SNE, k, selection_bias, select_fn, active_tokens)
     shape = (*logits_SNE.shape[:2], k)
     valid_SNk = chosen.valid_Nk.reshape(shape) & active_tokens[None, :, None]
     weights_SNk = jnp.where(valid_SNk, weights_Ck.reshape(shape), 0.0)
-    return Routing(chosen.indices_Nk.reshape(shape), weights_SNk, valid_SNk, chosen.margin_N.reshape(shape[:2]))
+    unrestricted_SN = None
+    if unrestricted_C is not None:
+        unrestricted_SN = jnp.where(active_tokens[None], unrestricted_C.reshape(shape[:2]), 0.0)
+    margin_SN = chosen.margin_N.reshape(shape[:2])
+    return Routing(chosen.indices_Nk.reshape(shape), weights_SNk, valid_SNk, margin_SN, unrestricted_SN)
 
 
 def _choose(
@@ -112,16 +119,20 @@ def _choose(
     selection_bias: jax.Array | None,
     select_fn: SelectFn | None,
     active_tokens: jax.Array,
-) -> tuple[RoutingTopk, jax.Array]:
-    """The choice and the chosen scores [S * N, k], groups after each other."""
+) -> tuple[RoutingTopk, jax.Array, jax.Array | None]:
+    """The choice, the chosen scores [S * N, k], groups after each other, and their sum without a `select_fn`."""
     scores_CE = scores_SNE.reshape(-1, scores_SNE.shape[-1])
     if select_fn is None:
         bias = None if selection_bias is None else selection_bias.reshape(-1, scores_SNE.shape[-1])
         chosen = routing_topk(scores_CE, k, selection_bias=bias)
-        return chosen, chosen.values_Nk
+        return chosen, chosen.values_Nk, None
     selection_SNE = jax.lax.stop_gradient(scores_SNE if selection_bias is None else scores_SNE + selection_bias)
     chosen = routing_topk(select_fn(selection_SNE, active_tokens).reshape(scores_CE.shape), k)
-    return chosen, jnp.take_along_axis(scores_CE, chosen.indices_Nk, axis=-1)
+    free = routing_topk(selection_SNE.reshape(scores_CE.shape), k)
+    weights_Ck, free_weights_Ck = (
+        jnp.take_along_axis(scores_CE, choice.indices_Nk, axis=-1) for choice in (chosen, free)
+    )
+    return chosen, weights_Ck, jnp.where(free.valid_Nk, free_weights_Ck, 0.0).sum(axis=-1)
 
 
 class Router(nnx.Module):

@@ -17,9 +17,12 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from foejax.decoding.sampling import RowSampling, sample
+from foejax.models.router import SelectFn
 from foejax.models.transformer import Transformer, logits_of
+from foejax.serving.expert_budget import ExpertSums
 from foejax.serving.paged_cache import PagedCache, Section
 from foejax.serving.sampling_params import LARGEST_TOP_LOGPROBS
+from foejax.serving.token_logprobs import logprobs_of
 from sharding import Layout
 from sharding.mesh import GROUP
 
@@ -90,6 +93,18 @@ class Sampled(NamedTuple):
     top_logprobs: jax.Array
 
 
+class StepOutput(NamedTuple):
+    """What a step leaves for the host.
+
+    Attributes:
+      sampled: of every row.
+      experts: which experts it read.
+    """
+
+    sampled: Sampled
+    experts: ExpertSums
+
+
 def decode_local(
     transformer: Transformer,
     state: DeviceState,
@@ -99,12 +114,16 @@ def decode_local(
     layout: Layout,
     *,
     num_steps: int,
-) -> tuple[DeviceState, Sampled]:
-    """`num_steps` tokens of every decode row, fields [num_steps, D]; row r takes part in `length[r]` of the steps."""
+    select_fn: SelectFn | None = None,
+) -> tuple[DeviceState, StepOutput]:
+    """`num_steps` tokens of every decode row, fields [num_steps, D]; row r takes part in `length[r]` of the steps.
 
-    def step(state: DeviceState, index: jax.Array) -> tuple[DeviceState, Sampled]:
+    `select_fn` may take experts out of the choice; see `expert_budget`.
+    """
+
+    def step(state: DeviceState, index: jax.Array) -> tuple[DeviceState, StepOutput]:
         rows = _one_token(decode, index)
-        return _advance_local(transformer, state, settings, rows, None, want_logprobs, layout)
+        return _advance_local(transformer, state, settings, rows, None, want_logprobs, layout, select_fn)
 
     return jax.lax.scan(step, state, jnp.arange(num_steps, dtype=jnp.int32))
 
@@ -119,11 +138,11 @@ def mixed_local(
     layout: Layout,
     *,
     prefill_length: int,
-) -> tuple[DeviceState, Sampled]:
+) -> tuple[DeviceState, StepOutput]:
     """One token of every decode row and a chunk of every prompt row; fields [1, D + P]."""
     rows, chunks = _one_token(decode, jnp.zeros((), jnp.int32)), (prefill, prefill_length)
-    state, sampled = _advance_local(transformer, state, settings, rows, chunks, want_logprobs, layout)
-    return state, jax.tree.map(lambda field: field[None], sampled)
+    state, output = _advance_local(transformer, state, settings, rows, chunks, want_logprobs, layout)
+    return state, jax.tree.map(lambda field: field[None], output)
 
 
 def _one_token(rows: Rows, step: jax.Array) -> Rows:
@@ -139,7 +158,8 @@ def _advance_local(
     chunks: tuple[Rows, int] | None,
     want_logprobs: jax.Array,
     layout: Layout,
-) -> tuple[DeviceState, Sampled]:
+    select_fn: SelectFn | None = None,
+) -> tuple[DeviceState, StepOutput]:
     """Run one batch of tokens through the model, sample where rows ask for it, and append to the slots."""
     history_MH = state.history_ZMH[0]
     parts = [(decode, 1)] if chunks is None else [(decode, 1), chunks]
@@ -151,7 +171,13 @@ def _advance_local(
     position_N = jnp.maximum(position_N, 0)
     cache = PagedCache(state.k_XSGCK, state.v_XSGCK, tuple(sections), transformer.config.num_layers)
     output = transformer.run_stack_local(
-        history_MH[slot_N, position_N], position_N, cache, layout, active_tokens=active_N
+        history_MH[slot_N, position_N],
+        position_N,
+        cache,
+        layout,
+        active_tokens=active_N,
+        record_routing=select_fn is not None,
+        select_fn=select_fn,
     )
     hidden_RD = transformer.hidden_rows_local(output.streams, _last_tokens(sections, rows), layout)
     logits_RV = layout.gather_vocab_local(
@@ -162,7 +188,8 @@ def _advance_local(
     slot_R = jnp.where(rows.samples & (rows.length > 0), rows.slot, history_MH.shape[0])
     history_MH = history_MH.at[slot_R, end_R].set(sampled.tokens, mode="drop")
     assert isinstance(output.cache, PagedCache)
-    return DeviceState(output.cache.k_XSGCK, output.cache.v_XSGCK, history_MH[None]), sampled
+    state = DeviceState(output.cache.k_XSGCK, output.cache.v_XSGCK, history_MH[None])
+    return state, StepOutput(sampled, ExpertSums.of(output.stats.tokens_SE, output.routing))
 
 
 def _section(rows: Rows, length: int) -> Section:
@@ -207,17 +234,11 @@ def _sample(
 def _logprobs(logits_RV: jax.Array, tokens_R: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     count = min(LARGEST_TOP_LOGPROBS, logits_RV.shape[1])
 
-    def compute() -> tuple[jax.Array, jax.Array, jax.Array]:
-        logprobs_RV = jax.nn.log_softmax(logits_RV, axis=-1)
-        own_R = jnp.take_along_axis(logprobs_RV, tokens_R[:, None], axis=1)[:, 0]
-        top_R20, top_tokens_R20 = jax.lax.top_k(logprobs_RV, count)
-        return own_R, top_tokens_R20.astype(jnp.int32), top_R20
-
     def nothing() -> tuple[jax.Array, jax.Array, jax.Array]:
         zeros_RV = jnp.zeros_like(logits_RV)
         return zeros_RV[:, 0], jnp.zeros_like(tokens_R, shape=(tokens_R.size, count)), zeros_RV[:, :count]
 
-    return jax.lax.cond(wanted, compute, nothing)
+    return jax.lax.cond(wanted, lambda: logprobs_of(logits_RV, tokens_R, count), nothing)
 
 
 class SlotLoads(NamedTuple):

@@ -9,12 +9,14 @@ from collections.abc import Sequence as Sized
 from dataclasses import dataclass
 from typing import Protocol
 
-from foejax.serving.runner import StepResult, TokenLogprobs
+from foejax.serving.expert_budget import ExpertReads
+from foejax.serving.runner import StepResult
 from foejax.serving.sampling_params import SamplingParams, SamplingParamsError
 from foejax.serving.scheduler import Scheduler
 from foejax.serving.sequence import FinishReason, Sequence
 from foejax.serving.step_plan import StepPlan
 from foejax.serving.text import Decode, TextStream
+from foejax.serving.token_logprobs import TokenLogprobs
 
 
 class Runner(Protocol):
@@ -22,6 +24,13 @@ class Runner(Protocol):
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a plan's step."""
+
+
+class Scorer(Protocol):
+    """What knows log-probabilities of prompts: `scoring.PromptScorer`, or a stand-in."""
+
+    def score(self, prompts: Sized[Sized[int]]) -> list[list[TokenLogprobs]]:
+        """Of every prompt those of its tokens from the second one on."""
 
 
 class PromptError(ValueError):
@@ -39,6 +48,8 @@ class Piece:
       tokens: new token ids.
       logprobs: one for each token, or None.
       finish_reason: None while it goes on.
+      prompt_logprobs: of the prompt's tokens from the second one on, where asked for, in one piece that comes before
+        all others of the request and holds nothing else.
     """
 
     request_id: str
@@ -47,6 +58,7 @@ class Piece:
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -63,6 +75,9 @@ class Engine:
     """Continues many requests at once.
 
     Not thread-safe: one thread adds requests and calls `step`.
+
+    Attributes:
+      expert_reads: which experts the last step read; None where the runner does not report them.
     """
 
     def __init__(
@@ -74,6 +89,7 @@ class Engine:
         vocab_size: int,
         eos_id: int | None = None,
         decode: Decode | None = None,
+        scorer: Scorer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -81,14 +97,17 @@ class Engine:
           context: longest sequence, prompt and output.
           eos_id: token that ends a continuation.
           decode: text of token ids; None gives tokens alone.
+          scorer: None refuses requests for log-probabilities of prompts.
           clock: seconds, for deadlines.
         """
         self.runner, self.scheduler = runner, scheduler
         self.context, self.vocab_size, self.eos_id = context, vocab_size, eos_id
-        self._decode, self._clock = decode, clock
+        self.expert_reads: ExpertReads | None = None
+        self._decode, self._scorer, self._clock = decode, scorer, clock
         self._requests: dict[str, list[_Continuation]] = {}
         self._continuations: dict[int, _Continuation] = {}
         self._num_sequences = 0
+        self._unscored: dict[str, list[Sequence]] = {}
         self._pieces: list[Piece] = []
 
     @property
@@ -112,22 +131,39 @@ class Engine:
         """
         if request_id in self._requests:
             raise ValueError(f"request {request_id!r} is running: choose another id")
-        self._check_prompt(prompt)
-        if params.stop and self._decode is None:
-            raise SamplingParamsError("stop", f"{params.stop} needs a tokenizer: use stop_token_ids")
+        self.check(prompt, params)
         sequences = self._make_sequences(prompt, params, deadline)
-        for sequence in sequences:
-            self.scheduler.check(sequence)
         open_ones = self._requests[request_id] = []
         for index, sequence in enumerate(sequences):
             text = TextStream(self._decode, params.stop) if self._decode else None
             continuation = _Continuation(request_id, index, sequence, text)
             self._continuations[sequence.id] = continuation
             open_ones.append(continuation)
+        if params.prompt_logprobs is not None:
+            self._unscored[request_id] = sequences
+            return
+        for sequence in sequences:
             self.scheduler.add(sequence)
+
+    def check(self, prompt: Sized[int], params: SamplingParams) -> None:
+        """Refuse a request that `add` would refuse whatever runs; this alone may be called from any thread.
+
+        Raises:
+          PromptError, SamplingParamsError, ValueError: see `add`.
+        """
+        self._check_prompt(prompt)
+        if params.stop and self._decode is None:
+            raise SamplingParamsError("stop", f"{params.stop} needs a tokenizer: use stop_token_ids")
+        if params.prompt_logprobs is not None and self._scorer is None:
+            raise SamplingParamsError(
+                "prompt_logprobs", f"{params.prompt_logprobs} needs an engine that scores prompts: set score_prompts"
+            )
+        self.scheduler.check(self._last_length(prompt, params))
 
     def abort(self, request_id: str) -> None:
         """End a request; unknown and finished ones are let be. The next `step` returns its last pieces."""
+        for sequence in self._unscored.pop(request_id, ()):
+            sequence.finish_reason = FinishReason.ABORT
         for continuation in list(self._requests.get(request_id, ())):
             self.scheduler.finish(continuation.sequence, FinishReason.ABORT)
             self._emit(continuation.sequence, [], None)
@@ -136,18 +172,32 @@ class Engine:
         """Carry out one step, if there is anything to do, and return what it added."""
         for sequence in self.scheduler.expire(self._clock()):
             self._emit(sequence, [], None)
+        self._score_prompts()
         plan = self.scheduler.plan()
         if plan is not None:
             result = self.runner.run(plan)
+            self.expert_reads = result.experts
             logprobs = self._logprobs_by_sequence(result)
             for sequence, tokens in self.scheduler.update(result.tokens):
                 self._emit(sequence, tokens, logprobs.get(sequence.id))
         pieces, self._pieces = self._pieces, []
         return pieces
 
+    def _score_prompts(self) -> None:
+        """Score as many prompts as go at once and queue their requests; others do not wait long for it."""
+        request_ids = list(self._unscored)[: self.scheduler.limits.num_shards]
+        if not request_ids or self._scorer is None:
+            return
+        batch = [self._unscored.pop(request_id) for request_id in request_ids]
+        scores = self._scorer.score([sequences[0].tokens for sequences in batch])
+        for request_id, sequences, found in zip(request_ids, batch, scores, strict=True):
+            kept = tuple(logprobs.first(sequences[0].params.prompt_logprobs or 0) for logprobs in found)
+            self._pieces.append(Piece(request_id, 0, "", (), None, None, kept))
+            for sequence in sequences:
+                self.scheduler.add(sequence)
+
     def _make_sequences(self, prompt: Sized[int], params: SamplingParams, deadline: float | None) -> list[Sequence]:
-        most = self.context - len(prompt)
-        length = len(prompt) + (most if params.max_tokens is None else min(params.max_tokens, most))
+        length = self._last_length(prompt, params)
         stops = {*params.stop_token_ids, *(() if self.eos_id is None or params.ignore_eos else (self.eos_id,))}
         seed = secrets.randbits(31) if params.seed is None else params.seed
         sequences: list[Sequence] = []
@@ -167,6 +217,10 @@ class Engine:
             )
         self._num_sequences += params.n
         return sequences
+
+    def _last_length(self, prompt: Sized[int], params: SamplingParams) -> int:
+        most = self.context - len(prompt)
+        return len(prompt) + (most if params.max_tokens is None else min(params.max_tokens, most))
 
     def _check_prompt(self, prompt: Sized[int]) -> None:
         if not len(prompt):
@@ -212,7 +266,7 @@ class Engine:
                 continuation.index,
                 new_text,
                 tuple(tokens),
-                None if wanted is None else tuple(_first(value, wanted) for value in (logprobs or [])[: len(tokens)]),
+                None if wanted is None else tuple(value.first(wanted) for value in (logprobs or [])[: len(tokens)]),
                 sequence.finish_reason,
             )
         )
@@ -222,7 +276,3 @@ class Engine:
             open_ones.remove(continuation)
             if not open_ones:
                 del self._requests[continuation.request_id]
-
-
-def _first(logprobs: TokenLogprobs, count: int) -> TokenLogprobs:
-    return TokenLogprobs(logprobs.logprob, logprobs.top_tokens[:count], logprobs.top_logprobs[:count])

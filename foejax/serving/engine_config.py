@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from foejax.config import ConfigError, ModelConfig
+from foejax.serving.expert_budget import ExpertBudget
 from foejax.serving.scheduler import SchedulerLimits
 from sharding import Layout
 from sharding.mesh import GROUP
@@ -31,6 +32,11 @@ class EngineConfig:
       prefill_tokens: prompt tokens of a step.
       decode_steps: tokens in a row that sequences decode without the host where nobody waits.
       reuse_prefixes: keep the cache of finished sequences for prompts that begin like them, while there is room.
+      score_prompts: be able to tell log-probabilities of prompts, for which one more program is compiled.
+      expert_budget: experts of a layer, over all groups, that a step which only decodes may read; 0 is all. Split
+        evenly over the groups and over the devices that share experts; see `expert_budget.py`.
+      expert_warm_up: choices of every token inside each group that stay whatever the budget says, and may exceed it.
+      report_experts: say of every step which experts it read; under a budget that takes any out it is always said.
     """
 
     max_sequences: int = 64
@@ -40,13 +46,21 @@ class EngineConfig:
     prefill_tokens: int = 512
     decode_steps: int = 8
     reuse_prefixes: bool = True
+    score_prompts: bool = False
+    expert_budget: int = 0
+    expert_warm_up: int = 0
+    report_experts: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            least = 0 if field.name in ("context", "cache_tokens", "reuse_prefixes") else 1
+            least = 0 if isinstance(field.default, bool) or not field.default else 1
             value = getattr(self, field.name)
             if value < least:
                 raise ConfigError(f"{field.name}={value}: choose at least {least}")
+        if self.expert_warm_up and not self.expert_budget:
+            raise ConfigError(
+                f"expert_warm_up={self.expert_warm_up} needs a budget to keep choices from: set expert_budget too"
+            )
 
     def context_of(self, model: ModelConfig) -> int:
         """Longest sequence.
@@ -60,6 +74,31 @@ class EngineConfig:
                 f"choose at most {model.max_seq_len}"
             )
         return self.context or model.max_seq_len
+
+    def expert_budget_of(self, model: ModelConfig, layout: Layout) -> ExpertBudget | None:
+        """The budget of each part of a layer's experts; None where it would change nothing.
+
+        Raises:
+          ConfigError: fewer experts than a token chooses, or a number that does not divide over the parts.
+        """
+        budget, shards = self.expert_budget, layout.num_expert_shards
+        parts = model.num_groups * shards
+        if not budget or budget >= model.num_experts:
+            return None
+        if budget < model.experts_per_token:
+            raise ConfigError(
+                f"expert_budget={budget} is less than the experts_per_token={model.experts_per_token} of the model: "
+                f"choose at least {model.experts_per_token}"
+            )
+        if budget % parts:
+            over = f"num_groups={model.num_groups}" if shards == 1 else f"the {shards} devices that share the experts"
+            raise ConfigError(
+                f"expert_budget={budget} is not divisible by {over}: choose a multiple of {parts}, "
+                f"up to num_experts={model.num_experts}"
+            )
+        if self.expert_warm_up >= model.experts_per_token // model.num_groups:
+            return None
+        return ExpertBudget(budget // parts, self.expert_warm_up, shards)
 
     def limits(self, model: ModelConfig, layout: Layout) -> SchedulerLimits:
         """Sizes of each part of the devices that holds sequences of its own.
@@ -86,6 +125,7 @@ class EngineConfig:
             prefill_shapes=tuple((self.prefill_tokens // length, length) for length in sorted(lengths)),
             decode_steps=(1, self.decode_steps) if self.decode_steps > 1 else (1,),
             reuse_prefixes=self.reuse_prefixes,
+            reuse_outputs=self.expert_budget_of(model, layout) is None,
         )
 
     def _cache_blocks(self, model: ModelConfig, layout: Layout, sequences: int, context: int) -> int:

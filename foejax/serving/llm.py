@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.progress import Progress
 
 from foejax.serving.engine import Engine, Piece
 from foejax.serving.engine_config import EngineConfig
-from foejax.serving.runner import ModelRunner, TokenLogprobs
+from foejax.serving.runner import ModelRunner
 from foejax.serving.sampling_params import SamplingParams
 from foejax.serving.scheduler import Scheduler
+from foejax.serving.scoring import PromptScorer
 from foejax.serving.sequence import FinishReason
+from foejax.serving.token_logprobs import TokenLogprobs
 
 if TYPE_CHECKING:
     from foejax.api import LoadedModel
@@ -53,10 +56,23 @@ class Continuation:
 
 @dataclass
 class Completion:
-    """A prompt's token ids and its `n` continuations."""
+    """A prompt and its `n` continuations.
+
+    Attributes:
+      prompt_tokens: token ids.
+      prompt_logprobs: of the prompt's tokens from the second one on, where asked for.
+    """
 
     prompt_tokens: list[int]
     continuations: list[Continuation]
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+    def extend(self, piece: Piece) -> None:
+        """Append what a step added."""
+        if piece.prompt_logprobs is not None:
+            self.prompt_logprobs = list(piece.prompt_logprobs)
+        else:
+            self.continuations[piece.index].extend(piece)
 
     @property
     def text(self) -> str:
@@ -98,15 +114,20 @@ class LLM:
 
             model = load(model, devices=devices, dtype=dtype)
         config = config or EngineConfig()
-        language_model, self.tokenizer = model.model, model.tokenizer
+        language_model, self.tokenizer = model.model.for_inference(), model.tokenizer
         layout = language_model.layout
-        if layout.gathers_params:
-            language_model = language_model.with_layout(replace(layout, shard_params=False))
         self.context = config.context_of(language_model.config)
         self.limits = config.limits(language_model.config, layout)
-        self.runner = ModelRunner(language_model, self.limits, context=self.context)
+        self.runner = ModelRunner(
+            language_model,
+            self.limits,
+            context=self.context,
+            expert_budget=config.expert_budget_of(language_model.config, layout),
+            report_experts=config.report_experts,
+        )
+        self.scorer = PromptScorer(language_model, context=self.context) if config.score_prompts else None
         self.vocab_size = language_model.config.vocab_size
-        _compile(self.runner, progress)
+        _compile(self.runner, self.scorer, progress)
         self.engine = self.make_engine()
 
     def make_engine(self) -> Engine:
@@ -119,6 +140,7 @@ class LLM:
             vocab_size=self.vocab_size,
             eos_id=tokenizer.eos_id if tokenizer else None,
             decode=tokenizer.decode if tokenizer else None,
+            scorer=self.scorer,
         )
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -159,7 +181,7 @@ class LLM:
                 added.append(str(index))
             while self.engine.num_unfinished:
                 for piece in self.engine.step():
-                    completions[int(piece.request_id)].continuations[piece.index].extend(piece)
+                    completions[int(piece.request_id)].extend(piece)
         except BaseException:  # an interrupt too leaves an engine that can go on
             for request_id in added:
                 self.engine.abort(request_id)
@@ -175,9 +197,12 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _compile(runner: ModelRunner, progress: bool) -> None:
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("compiling", total=runner.num_programs)
+def _compile(runner: ModelRunner, scorer: PromptScorer | None, progress: bool) -> None:
+    programs = runner.num_programs + (scorer is not None)
+    with Progress(disable=not progress, transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task("compiling", total=programs)
         for name in runner.compile():
             bar.update(task, advance=1, description=f"compiled {name}")
-    logger.info("compiled %d programs; no more are needed", runner.num_programs)
+        if scorer is not None:
+            scorer.compile()
+    logger.info("compiled %d programs; no more are needed", programs)

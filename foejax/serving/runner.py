@@ -6,7 +6,7 @@ Shape letters: see `device_step.py`; W slot loads of one launch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,27 +27,21 @@ from foejax.serving.device_step import (
     Sampled,
     SlotLoads,
     SlotSettings,
+    StepOutput,
     decode_local,
     load_local,
     mixed_local,
     settings_specs,
     state_specs,
 )
+from foejax.serving.expert_budget import ExpertBudget, ExpertReads, ExpertSums, make_select_fn, read_expert_sums
 from foejax.serving.scheduler import SchedulerLimits, StepTokens
 from foejax.serving.step_plan import SlotLoad, StepPlan
+from foejax.serving.token_logprobs import TokenLogprobs
 from sharding.mesh import GROUP
 
 LOADS = 8
 """Sequences that enter slots in one launch."""
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Natural log-probability of a sampled token, and the likeliest tokens with theirs, best first."""
-
-    logprob: float
-    top_tokens: tuple[int, ...]
-    top_logprobs: tuple[float, ...]
 
 
 class StepResult(NamedTuple):
@@ -57,10 +51,16 @@ class StepResult(NamedTuple):
       tokens: see `StepTokens`.
       logprobs: in the order of `tokens`, those of the decode rows and those of the prompt rows; None where the plan did
         not ask for them.
+      experts: which experts the step read; None where the runner was not told to report them.
     """
 
     tokens: StepTokens
     logprobs: tuple[list[list[list[TokenLogprobs]]], list[list[TokenLogprobs]]] | None
+    experts: ExpertReads | None = None
+
+
+_Output = tuple[Sampled, ExpertSums | None]
+"""What a program hands to the host."""
 
 
 class _Shape(NamedTuple):
@@ -75,14 +75,26 @@ class _Shape(NamedTuple):
 class ModelRunner:
     """A model, its cache and its slots on a mesh."""
 
-    def __init__(self, model: LanguageModel, limits: SchedulerLimits, *, context: int) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        limits: SchedulerLimits,
+        *,
+        context: int,
+        expert_budget: ExpertBudget | None = None,
+        report_experts: bool = False,
+    ) -> None:
         """Place the cache; `compile` comes next.
 
         Args:
           model: its layout has no parameters to gather.
           context: longest sequence, prompt and output.
+          expert_budget: of steps that only decode; None reads all experts that tokens choose.
+          report_experts: say of every step which experts it read; with a budget it is always said.
         """
         self.layout, self.config, self.limits, self.context = model.layout, model.config, limits, context
+        self._select_fn = make_select_fn(expert_budget, model.layout) if expert_budget else None
+        self._report_experts = report_experts or expert_budget is not None
         self._graphdef, self._params = nnx.split(model.transformer)
         self._programs: dict[_Shape, jax.stages.Compiled] = {}
         self._load: jax.stages.Compiled | None = None
@@ -111,10 +123,12 @@ class ModelRunner:
             self._state = replace(self._state, history_ZMH=history)
         shape = self._shape_of(plan)
         packed = self._pack_rows(plan, shape)
-        self._state, sampled = self._programs[shape](
+        self._state, output = self._programs[shape](
             self._params, self._state, self._settings, packed, np.asarray(plan.logprobs)
         )
-        return _read(plan, shape, jax.device_get(sampled))
+        sampled, sums = jax.device_get(output)
+        experts = read_expert_sums(sums, self.layout.num_expert_shards) if sums is not None else None
+        return _read(plan, shape, sampled)._replace(experts=experts)
 
     def _shapes(self) -> list[_Shape]:
         """Decoding with few and with all slots, each with every number of steps; prompts beside all slots."""
@@ -165,11 +179,11 @@ class ModelRunner:
         rows = layout.batch_spec(None)
         in_specs = (states, settings_specs(layout), rows, PartitionSpec())
 
-        def program(transformer: Transformer, inputs: Any) -> tuple[DeviceState, Sampled]:
+        def program(transformer: Transformer, inputs: Any) -> tuple[DeviceState, _Output]:
             state, settings, packed, want_logprobs = jax.tree.map(layout.vary_local, inputs)
             decode, prefill = Rows.unpack(packed[: shape.decode_rows]), Rows.unpack(packed[shape.decode_rows :])
             if shape.prefill_length:
-                state, sampled = mixed_local(
+                state, output = mixed_local(
                     transformer,
                     state,
                     settings,
@@ -180,15 +194,24 @@ class ModelRunner:
                     prefill_length=shape.prefill_length,
                 )
             else:
-                state, sampled = decode_local(
-                    transformer, state, settings, decode, want_logprobs, layout, num_steps=shape.decode_steps
+                state, output = decode_local(
+                    transformer,
+                    state,
+                    settings,
+                    decode,
+                    want_logprobs,
+                    layout,
+                    num_steps=shape.decode_steps,
+                    select_fn=self._select_fn,
                 )
-            return state, jax.tree.map(lambda field: field[None], sampled)
+            return state, jax.tree.map(lambda field: field[None], self._reported(output))
 
-        def run(params: nnx.State, *inputs: Any) -> tuple[DeviceState, Sampled]:
+        def run(params: nnx.State, *inputs: Any) -> tuple[DeviceState, _Output]:
             sampled: Any = PartitionSpec(GROUP, None, layout.token_axes)
-            mapped = run_on_mesh(nnx.merge(graphdef, params), layout, program, in_specs, (states, sampled))
-            done: tuple[DeviceState, Sampled] = mapped(inputs)
+            experts: Any = PartitionSpec(layout.token_axes, None, None, GROUP)
+            out_specs = (states, (sampled, experts))
+            mapped = run_on_mesh(nnx.merge(graphdef, params), layout, program, in_specs, out_specs)
+            done: tuple[DeviceState, _Output] = mapped(inputs)
             return done
 
         packed = np.zeros(
@@ -197,6 +220,9 @@ class ModelRunner:
         return jax.jit(run, donate_argnums=1).lower(
             self._params, self._state, self._settings, packed, np.asarray(False)
         )
+
+    def _reported(self, output: StepOutput) -> _Output:
+        return output.sampled, output.experts if self._report_experts else None
 
     @property
     def _row_width(self) -> int:

@@ -37,6 +37,7 @@ class SamplingParams:
       ignore_eos: go on past the tokenizer's end-of-text token.
       logprobs: log-probabilities of that many likeliest tokens beside the chosen one's; None returns none. They are
         those of the model, before temperature and penalties.
+      prompt_logprobs: the same for the prompt's tokens from the second one on, each given those before it.
     """
 
     max_tokens: int | None = 16
@@ -51,6 +52,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         limits: tuple[tuple[str, float | None, float, float], ...] = (
@@ -62,6 +64,7 @@ class SamplingParams:
             ("seed", self.seed, -(2**63), 2**63 - 1),
             ("n", self.n, 1, 128),
             ("logprobs", self.logprobs, 0, LARGEST_TOP_LOGPROBS),
+            ("prompt_logprobs", self.prompt_logprobs, 0, LARGEST_TOP_LOGPROBS),
         )
         for field, value, low, high in limits:
             if value is not None and not low <= value <= high:

@@ -27,6 +27,8 @@ class SchedulerLimits:
       prefill_shapes: (rows, tokens a row) of the prompt chunks of a step, of which one is taken.
       decode_steps: how many steps in a row decoding may take where nobody waits, ascending from 1.
       reuse_prefixes: let sequences that begin alike share blocks.
+      reuse_outputs: blocks with generated tokens too; not where decoding computes other keys and values than a prompt
+        would, as under an expert budget.
     """
 
     num_shards: int
@@ -36,6 +38,7 @@ class SchedulerLimits:
     prefill_shapes: tuple[tuple[int, int], ...]
     decode_steps: tuple[int, ...] = (1,)
     reuse_prefixes: bool = True
+    reuse_outputs: bool = True
 
 
 @dataclass
@@ -63,7 +66,13 @@ class _Draft:
 
 
 class Scheduler:
-    """Queues of waiting and running sequences, both in order of arrival, and the blocks that they hold."""
+    """Queues of waiting and running sequences, both in order of arrival, and the blocks that they hold.
+
+    Attributes:
+      num_preemptions: sequences that gave their blocks back.
+      num_prompt_tokens: tokens of the prompts that were admitted, each continuation of a prompt counted.
+      num_prefix_tokens: those of them that the cache held already.
+    """
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
@@ -77,22 +86,29 @@ class Scheduler:
         self._shapes = sorted(limits.prefill_shapes, key=lambda shape: shape[1])
         self._draft = self._new_draft()
         self._num_plans = 0
+        self.num_preemptions = self.num_prompt_tokens = self.num_prefix_tokens = 0
 
-    def check(self, sequence: Sequence) -> None:
-        """
+    @property
+    def held_share(self) -> float:
+        """Share of the cache's blocks that sequences hold, 0 to 1."""
+        return 1 - sum(pool.num_free for pool in self.pools) / (self.limits.num_blocks * self.limits.num_shards)
+
+    def check(self, last_length: int) -> None:
+        """Refuse what no step could carry out; from any thread.
+
         Raises:
-          ValueError: the sequence can outgrow the cache.
+          ValueError: a sequence that may grow to `last_length` tokens can outgrow the cache.
         """
-        needed, there = self.pools[0].blocks_for(sequence.last_length), self.limits.num_blocks
+        needed, there = self.pools[0].blocks_for(last_length), self.limits.num_blocks
         if needed > there:
             raise ValueError(
-                f"a sequence of up to {sequence.last_length} tokens needs {needed} cache blocks and there are {there}: "
+                f"a sequence of up to {last_length} tokens needs {needed} cache blocks and there are {there}: "
                 "lower max_tokens, shorten the prompt or give the cache more memory"
             )
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; see `check`."""
-        self.check(sequence)
+        self.check(sequence.last_length)
         bisect.insort(self.waiting, sequence, key=_arrival)
 
     def planned_sequences(self) -> tuple[list[list[Sequence]], list[list[Sequence]]]:
@@ -240,6 +256,9 @@ class Scheduler:
         sequence.shard, sequence.slot = shard, self._free_slots[shard].pop()
         sequence.blocks, sequence.num_computed = prefix, len(prefix) * pool.block_size
         sequence.num_cached = sequence.num_computed
+        if not sequence.num_preemptions:
+            self.num_prompt_tokens += sequence.prompt_length
+            self.num_prefix_tokens += sequence.num_cached
         self._extend_keys(sequence)
         bisect.insort(self.running, sequence, key=_arrival)
         self._draft.loads.append(_load(sequence))
@@ -279,6 +298,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence)
         sequence.num_preemptions += 1
+        self.num_preemptions += 1
         bisect.insort(self.waiting, sequence, key=_arrival)
 
     def _stop_running(self, sequence: Sequence) -> None:
@@ -304,7 +324,8 @@ class Scheduler:
         for index in range(len(sequence.keys), sequence.num_computed // size):
             parent = sequence.keys[-1] if sequence.keys else b""
             key = chain_key(parent, sequence.tokens[index * size : (index + 1) * size])
-            pool.publish(sequence.blocks[index], key)
+            if self.limits.reuse_outputs or (index + 1) * size <= sequence.prompt_length:
+                pool.publish(sequence.blocks[index], key)
             sequence.keys.append(key)
 
 

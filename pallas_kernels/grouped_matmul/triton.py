@@ -9,8 +9,6 @@ Shape letters: R rows sorted by expert, K contracted features, N output features
 from __future__ import annotations
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,62 +18,13 @@ from jax.typing import DTypeLike
 from pallas_kernels.grouped_matmul import triton_kernels
 from pallas_kernels.grouped_matmul.row_tiles import list_row_tiles
 from pallas_kernels.jax_triton_launch import launch
-
-
-class Tile(NamedTuple):
-    """Sizes of a kernel's blocks, its warps, and how many blocks of operands are in flight."""
-
-    BM: int
-    BK: int
-    BN: int
-    warps: int
-    stages: int
-
-    @property
-    def blocks(self) -> dict[str, int]:
-        return {"BM": self.BM, "BK": self.BK, "BN": self.BN}
-
-
-Tiles = dict[float, Tile]
-"""By the mean number of rows of an expert up to which a tile serves."""
-
-# Chosen without timing them. All fit the 99 KiB of shared memory that every GPU since Ampere has. float32 products use
-# no tensor cores, which would round their operands to 10 bits of mantissa.
-MATMUL_TILES: dict[str, Tiles] = {
-    "bfloat16": {
-        16: Tile(BM=16, BK=64, BN=128, warps=4, stages=5),
-        32: Tile(BM=32, BK=64, BN=128, warps=4, stages=4),
-        64: Tile(BM=64, BK=64, BN=128, warps=4, stages=4),
-        math.inf: Tile(BM=128, BK=64, BN=128, warps=4, stages=3),
-    },
-    "float32": {
-        16: Tile(BM=16, BK=32, BN=64, warps=4, stages=3),
-        math.inf: Tile(BM=64, BK=32, BN=64, warps=4, stages=3),
-    },
-}
-# Of weights of 8 bits, by the rows' dtype: with few rows an expert twice the depth has the same bytes in flight.
-QUANTIZED_TILES: dict[str, Tiles] = {
-    "bfloat16": {
-        16: Tile(BM=16, BK=128, BN=128, warps=4, stages=4),
-        32: Tile(BM=32, BK=128, BN=128, warps=4, stages=3),
-        64: Tile(BM=64, BK=64, BN=128, warps=4, stages=4),
-        math.inf: Tile(BM=128, BK=64, BN=128, warps=4, stages=3),
-    },
-    "float32": {
-        16: Tile(BM=16, BK=64, BN=64, warps=8, stages=3),
-        math.inf: Tile(BM=64, BK=32, BN=64, warps=8, stages=3),
-    },
-}
-WEIGHT_GRADIENT_TILES: dict[str, Tiles] = {
-    "bfloat16": {
-        32: Tile(BM=32, BK=128, BN=128, warps=4, stages=4),
-        math.inf: Tile(BM=64, BK=128, BN=128, warps=4, stages=3),
-    },
-    "float32": {
-        math.inf: Tile(BM=32, BK=64, BN=64, warps=4, stages=3),
-    },
-}
-BLOCKS_SIDE_BY_SIDE = 8
+from pallas_kernels.triton_tiles import (
+    BLOCKS_SIDE_BY_SIDE,
+    MATMUL_TILES,
+    WEIGHT_GRADIENT_TILES,
+    choose_tile,
+    matmul_tile,
+)
 
 
 @functools.partial(jax.jit, static_argnames="transpose_rhs")
@@ -122,7 +71,7 @@ def weight_gradient(x_RK: jax.Array, dy_RN: jax.Array, group_sizes_E: jax.Array)
     """dw_EKN: for each expert the sum over its rows of x outer dy, summed in float32; zero without rows."""
     num_rows, contracted = x_RK.shape
     num_experts, features = group_sizes_E.shape[0], dy_RN.shape[1]
-    tile = _choose_tile(WEIGHT_GRADIENT_TILES, x_RK.dtype, num_rows, num_experts)
+    tile = choose_tile(WEIGHT_GRADIENT_TILES, x_RK.dtype, num_rows, num_experts)
     # Row at which each expert starts, and the row at which the last one ends.
     bounds = jnp.pad(jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), num_rows), (1, 0))
     (dw_EKN,) = launch(
@@ -163,12 +112,3 @@ def _refusal_of_weights(name: str) -> str | None:
     if name == "float8_e4m3fn" and capability[:1].isdigit() and float(capability) < 8.9:
         return f"triton takes float8_e4m3fn weights from compute capability 8.9 on, not {capability}"
     return None
-
-
-def matmul_tile(dtype: DTypeLike, num_rows: int, num_experts: int, *, is_quantized: bool) -> Tile:
-    """The tile for rows of `dtype` by weights of the same or, quantised, of 8 bits."""
-    return _choose_tile(QUANTIZED_TILES if is_quantized else MATMUL_TILES, dtype, num_rows, num_experts)
-
-
-def _choose_tile(tiles: dict[str, Tiles], dtype: DTypeLike, num_rows: int, num_experts: int) -> Tile:
-    return next(tile for limit, tile in tiles[jnp.dtype(dtype).name].items() if num_rows <= limit * num_experts)

@@ -1,6 +1,6 @@
 """Gate and up in one Triton kernel, SwiGLU in its epilogue, rows read where their tokens are.
 
-It multiplies as `grouped_matmul/triton.py` does, and its tiles are that module's.
+It multiplies as `grouped_matmul/triton.py` does, and with its tiles.
 
 Shape letters: X tokens or rows, R rows sorted by expert, K width, F expert hidden size, E experts.
 """
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import triton
 
 from pallas_kernels.grouped_matmul.row_tiles import list_row_tiles
-from pallas_kernels.grouped_matmul.triton import BLOCKS_SIDE_BY_SIDE, matmul_tile
 from pallas_kernels.grouped_swiglu import triton_kernels
 from pallas_kernels.jax_triton_launch import launch
+from pallas_kernels.triton_tiles import BLOCKS_SIDE_BY_SIDE, matmul_tile
 
 
 @functools.partial(jax.jit, static_argnames="save_inputs")

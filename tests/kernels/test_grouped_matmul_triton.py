@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -23,9 +22,10 @@ from kernels.eight_bits import EIGHT_BITS, every_number, in_eight_bits, out_of_e
 from kernels.triton_compiler import SHARED_MEMORY_SINCE_AMPERE, Compiler, abstract, assert_multiplies_well
 from kernels.triton_interpreter import run_interpreted
 from pallas_kernels import grouped_matmul
+from pallas_kernels.backends import load_backend
 from pallas_kernels.deviceless import compile_for_h200, h200_mesh
-from pallas_kernels.grouped_matmul import triton as backend
 from pallas_kernels.grouped_matmul.api import GroupedMatmulError
+from pallas_kernels.triton_tiles import MATMUL_TILES, QUANTIZED_TILES, WEIGHT_GRADIENT_TILES, Tile
 
 pytestmark = pytest.mark.kernels
 
@@ -39,9 +39,14 @@ ODD_CASES = {
     "sixty_four_single_rows": Case(64, 48, 150, (1,) * 64),
 }
 ALL_CASES = CASES | ODD_CASES
-CHECKS = [(name, dtype) for name in ALL_CASES for dtype in backend.MATMUL_TILES]
+CHECKS = [(name, dtype) for name in ALL_CASES for dtype in MATMUL_TILES]
 # Without the case of many experts, which takes long in the interpreter and is about what both kinds of weights share.
 QUANTIZED_CHECKS = [(*check, weights) for check in CHECKS for weights in EIGHT_BITS if check[0] != "many_experts"]
+
+
+def backend() -> ModuleType:
+    """Imported late, because environments without Triton collect these tests too."""
+    return load_backend("grouped_matmul", "triton")
 
 
 class QuantizedOperands(NamedTuple):
@@ -76,14 +81,14 @@ def run_checks() -> Interpreted:
         plain[name, dtype] = Expected(*products(x_RK, w_EKN, dy_RN, group_sizes_E))
     for name, dtype, weights in QUANTIZED_CHECKS:
         x_RK, w, scales_EN, sizes = map(jnp.asarray, quantized_operands(ALL_CASES[name], dtype, weights))
-        found = backend.matmul(x_RK, w, sizes, transpose_rhs=True, scales_EN=scales_EN)
+        found = backend().matmul(x_RK, w, sizes, transpose_rhs=True, scales_EN=scales_EN)
         quantized[name, dtype, weights] = found
-    for dtype in backend.MATMUL_TILES:
+    for dtype in MATMUL_TILES:
         for weights in EIGHT_BITS:
             values_ENK = jnp.asarray(every_number(weights))[None, None]
             x_RK, size = jnp.eye(values_ENK.shape[2], dtype=dtype), jnp.asarray([values_ENK.shape[2]])
             scale = jnp.full((1, 1), 0.5, jnp.float32)
-            numbers[dtype, weights] = backend.matmul(x_RK, values_ENK, size, transpose_rhs=True, scales_EN=scale)
+            numbers[dtype, weights] = backend().matmul(x_RK, values_ENK, size, transpose_rhs=True, scales_EN=scale)
     return Interpreted(plain, quantized, numbers)
 
 
@@ -116,7 +121,7 @@ def test_product_with_weights_in_8_bits(interpreted: Interpreted, name: str, dty
 
 @pytest.mark.xdist_group("matmul_interpreter")
 @pytest.mark.parametrize("weights", EIGHT_BITS)
-@pytest.mark.parametrize("dtype", backend.MATMUL_TILES)
+@pytest.mark.parametrize("dtype", MATMUL_TILES)
 def test_every_number_of_8_bits_converts_exactly(interpreted: Interpreted, dtype: str, weights: str) -> None:
     numbers = every_number(weights)
     assert len(numbers) == {"int8": 255, "float8_e4m3fn": 254}[weights]
@@ -125,7 +130,7 @@ def test_every_number_of_8_bits_converts_exactly(interpreted: Interpreted, dtype
 
 def test_cases_reach_every_tile() -> None:
     means = [case.rows / len(case.group_sizes) for case in ALL_CASES.values()]
-    for table in (backend.MATMUL_TILES, backend.QUANTIZED_TILES, backend.WEIGHT_GRADIENT_TILES):
+    for table in (MATMUL_TILES, QUANTIZED_TILES, WEIGHT_GRADIENT_TILES):
         for tiles in table.values():
             assert {next(limit for limit in tiles if mean <= limit) for mean in means} == set(tiles)
 
@@ -135,7 +140,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return Compiler(monkeypatch)
 
 
-def tiles_of(table: dict[str, dict[float, backend.Tile]]) -> list[tuple[str, float]]:
+def tiles_of(table: dict[str, dict[float, Tile]]) -> list[tuple[str, float]]:
     return [(dtype, limit) for dtype, tiles in table.items() for limit in tiles]
 
 
@@ -144,22 +149,22 @@ def rows_reaching(limit: float, experts: int) -> int:
 
 
 @pytest.mark.parametrize("transpose_rhs", [False, True])
-@pytest.mark.parametrize(("dtype", "limit"), tiles_of(backend.MATMUL_TILES))
+@pytest.mark.parametrize(("dtype", "limit"), tiles_of(MATMUL_TILES))
 def test_matmul_compiles_for_h200(
     compiler: Compiler, tmp_path: Path, dtype: str, limit: float, transpose_rhs: bool
 ) -> None:
     rows, experts, contracted, features = rows_reaching(limit, 8), 8, 2048, 1024
     w_shape = (experts, features, contracted) if transpose_rhs else (experts, contracted, features)
     operands = [*abstract(dtype, (rows, contracted), w_shape), *abstract("int32", (experts,))]
-    compiled = compile_for_h200(lambda *args: backend.matmul(*args, transpose_rhs=transpose_rhs), *operands)
+    compiled = compile_for_h200(lambda *args: backend().matmul(*args, transpose_rhs=transpose_rhs), *operands)
     assert "triton_kernel_call" in (compiled.as_text() or "")
     assert compiled.out_info.shape == (rows, features) and compiled.out_info.dtype == dtype
     (kernel,) = compiler.compiled
-    assert_multiplies_well(kernel, dtype, backend.MATMUL_TILES[dtype][limit].BM, tmp_path)
+    assert_multiplies_well(kernel, dtype, MATMUL_TILES[dtype][limit].BM, tmp_path)
 
 
 @pytest.mark.parametrize("weights", EIGHT_BITS)
-@pytest.mark.parametrize(("dtype", "limit"), tiles_of(backend.QUANTIZED_TILES))
+@pytest.mark.parametrize(("dtype", "limit"), tiles_of(QUANTIZED_TILES))
 def test_matmul_with_weights_in_8_bits_compiles_for_h200(
     compiler: Compiler, tmp_path: Path, dtype: str, limit: float, weights: str
 ) -> None:
@@ -171,33 +176,33 @@ def test_matmul_with_weights_in_8_bits_compiles_for_h200(
     assert compiled.out_info.shape == (rows, features) and compiled.out_info.dtype == dtype
     assert compiled.memory_analysis().temp_size_in_bytes < 2**16
     (kernel,) = compiler.compiled
-    assert_multiplies_well(kernel, dtype, backend.QUANTIZED_TILES[dtype][limit].BM, tmp_path)
+    assert_multiplies_well(kernel, dtype, QUANTIZED_TILES[dtype][limit].BM, tmp_path)
     assert ("cvt.rn.f16x2.e4m3x2" in kernel.ptx) == (weights == "float8_e4m3fn")
     assert "cvt.bf16.f16" not in kernel.ptx
 
 
-@pytest.mark.parametrize(("dtype", "limit"), tiles_of(backend.WEIGHT_GRADIENT_TILES))
+@pytest.mark.parametrize(("dtype", "limit"), tiles_of(WEIGHT_GRADIENT_TILES))
 def test_weight_gradient_compiles_for_h200(compiler: Compiler, tmp_path: Path, dtype: str, limit: float) -> None:
     rows, experts, contracted, features = rows_reaching(limit, 8), 8, 2048, 1024
     operands = [*abstract(dtype, (rows, contracted), (rows, features)), *abstract("int32", (experts,))]
-    compiled = compile_for_h200(lambda *args: backend.weight_gradient(*args), *operands)
+    compiled = compile_for_h200(lambda *args: backend().weight_gradient(*args), *operands)
     assert "triton_kernel_call" in (compiled.as_text() or "")
     assert compiled.out_info.shape == (experts, contracted, features) and compiled.out_info.dtype == dtype
     (kernel,) = compiler.compiled
-    assert_multiplies_well(kernel, dtype, backend.WEIGHT_GRADIENT_TILES[dtype][limit].BK, tmp_path)
+    assert_multiplies_well(kernel, dtype, WEIGHT_GRADIENT_TILES[dtype][limit].BK, tmp_path)
 
 
 def products(x_RK: jax.Array, w_EKN: jax.Array, dy_RN: jax.Array, group_sizes_E: jax.Array) -> tuple[jax.Array, ...]:
-    y_RN = backend.matmul(x_RK, w_EKN, group_sizes_E)
-    dx_RK = backend.matmul(dy_RN, w_EKN, group_sizes_E, transpose_rhs=True)
-    return y_RN, dx_RK, backend.weight_gradient(x_RK, dy_RN, group_sizes_E)
+    y_RN = backend().matmul(x_RK, w_EKN, group_sizes_E)
+    dx_RK = backend().matmul(dy_RN, w_EKN, group_sizes_E, transpose_rhs=True)
+    return y_RN, dx_RK, backend().weight_gradient(x_RK, dy_RN, group_sizes_E)
 
 
 def multiply_quantized(x_RK: jax.Array, w_ENK: jax.Array, sizes: jax.Array, scales_EN: jax.Array) -> jax.Array:
-    return backend.matmul(x_RK, w_ENK, sizes, transpose_rhs=True, scales_EN=scales_EN)
+    return backend().matmul(x_RK, w_ENK, sizes, transpose_rhs=True, scales_EN=scales_EN)
 
 
-@pytest.mark.parametrize("dtype", backend.MATMUL_TILES)
+@pytest.mark.parametrize("dtype", MATMUL_TILES)
 def test_odd_shapes_compile_for_h200(compiler: Compiler, dtype: str) -> None:
     """Neither K nor N is a multiple of anything, and all weights together are beyond int32."""
     rows, experts, contracted, features = 1000, 300, 2777, 2689
@@ -239,7 +244,7 @@ def test_inside_shard_map_results_vary_as_all_operands_together(compiler: Compil
 
         y_RN, transpose = jax.vjp(multiply, x_RK, w_EKN)
         assert jax.typeof(y_RN).manual_axis_type.varying == axes
-        assert jax.typeof(backend.weight_gradient(x_RK, y_RN, sizes)).manual_axis_type.varying == axes
+        assert jax.typeof(backend().weight_gradient(x_RK, y_RN, sizes)).manual_axis_type.varying == axes
         return transpose(y_RN)
 
     specs = (P("data"), P(), P("expert"))
@@ -250,23 +255,23 @@ def test_inside_shard_map_results_vary_as_all_operands_together(compiler: Compil
     assert len(compiler.compiled) == 3
 
 
-@pytest.mark.parametrize("multiply", [backend.matmul, backend.weight_gradient])
-def test_nothing_is_launched_without_rows(multiply: Callable[..., jax.Array]) -> None:
-    second = jnp.ones((2, 5, 3)) if multiply is backend.matmul else jnp.ones((0, 3))
-    result = multiply(jnp.ones((0, 5)), second, jnp.zeros((2,), jnp.int32))
-    np.testing.assert_array_equal(result, np.zeros((0, 3) if multiply is backend.matmul else (2, 5, 3)))
+@pytest.mark.parametrize("operation", ["matmul", "weight_gradient"])
+def test_nothing_is_launched_without_rows(operation: str) -> None:
+    second = jnp.ones((2, 5, 3)) if operation == "matmul" else jnp.ones((0, 3))
+    result = getattr(backend(), operation)(jnp.ones((0, 5)), second, jnp.zeros((2,), jnp.int32))
+    np.testing.assert_array_equal(result, np.zeros((0, 3) if operation == "matmul" else (2, 5, 3)))
 
 
 def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backend.refusal((4, 3), (2, 3, 5), "bfloat16") is None
+    assert backend().refusal((4, 3), (2, 3, 5), "bfloat16") is None
     with jax.enable_x64(True), pytest.raises(GroupedMatmulError, match="triton takes .* only, not float64; .*: xla"):
         grouped_matmul(jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.ones(2, jnp.int32), implementation="triton")
     shapes = ((4, 3), (2, 5, 3), "bfloat16")
-    assert "int8 and float8_e4m3fn only, not int4" in str(backend.refusal(*shapes, weight_dtype="int4"))
+    assert "int8 and float8_e4m3fn only, not int4" in str(backend().refusal(*shapes, weight_dtype="int4"))
     for capability in ("8.9", "9.0", "12.0", "gfx942", "8.0"):
         monkeypatch.setattr(jax, "devices", [SimpleNamespace(compute_capability=capability)].copy)
-        assert backend.refusal(*shapes, transpose_rhs=True, weight_dtype="int8") is None
-        reason = backend.refusal(*shapes, transpose_rhs=True, weight_dtype="float8_e4m3fn")
+        assert backend().refusal(*shapes, transpose_rhs=True, weight_dtype="int8") is None
+        reason = backend().refusal(*shapes, transpose_rhs=True, weight_dtype="float8_e4m3fn")
         assert (reason is None) == (capability != "8.0")
     assert reason == "triton takes float8_e4m3fn weights from compute capability 8.9 on, not 8.0"
 

@@ -21,11 +21,11 @@ from kernels.eight_bits import EIGHT_BITS, in_eight_bits, out_of_eight_bits
 from kernels.triton_compiler import SHARED_MEMORY_SINCE_AMPERE, Compiler, abstract, assert_multiplies_well
 from kernels.triton_interpreter import run_interpreted
 from pallas_kernels import grouped_matmul, grouped_swiglu
+from pallas_kernels.backends import load_backend
 from pallas_kernels.deviceless import compile_for_h200, h200_mesh
 from pallas_kernels.gathered_rows import GatheredRows
-from pallas_kernels.grouped_matmul.triton import MATMUL_TILES, QUANTIZED_TILES
-from pallas_kernels.grouped_swiglu import triton as backend
 from pallas_kernels.quantized import QuantizedWeights
+from pallas_kernels.triton_tiles import MATMUL_TILES, QUANTIZED_TILES
 
 pytestmark = pytest.mark.kernels
 
@@ -111,7 +111,7 @@ def operands_and_expected(case: Case, variant: Variant, dtype: str) -> tuple[Ope
 
 def run(*operands: Any, save_inputs: bool) -> tuple[jax.Array, ...]:
     x_XK, gate, up, sizes, token_R, weights_R, scales = operands
-    return backend.swiglu(
+    return load_backend("grouped_swiglu", "triton").swiglu(
         x_XK, gate, up, sizes, token_R=token_R, weights_R=weights_R, scales=scales, save_inputs=save_inputs
     )
 
