@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         ("prompt-tokens", 256, "of each request"),
         ("output-tokens", 128, "of each request"),
         ("repeats", 3, "runs of each contender that count"),
-        ("trial-tokens", 8, "output tokens while settings are tried"),
+        ("trial-tokens", 12, "output tokens while settings are tried"),
         ("threads", 2, "cores of a contender; 0 is all"),
         ("prefill-tokens", 512, "of our engine"),
         ("decode-steps", 8, "of our engine"),
@@ -215,6 +215,8 @@ def profile_markdown(found: Mapping[str, Any]) -> str:
         lines += [f"| host time not hidden (all but launch and wait) | {own['host_share']:.2%} |"]
         lines += ["", "| part of the program | share of its device time |", "| --- | ---: |"]
         lines += [f"| {part} | {share:.1%} |" for part, share in own["parts"].items()]
+        lines += ["", "| largest operations | scope | share |", "| --- | --- | ---: |"]
+        lines += [f"| `{name}` | {scope} | {share:.1%} |" for name, scope, share in own["operations"]]
     return "\n".join(lines) + "\n"
 
 

@@ -92,10 +92,12 @@ def _try(
         arguments = {"prompts": workload.prompts(seed=output_tokens), "output_tokens": output_tokens}
         return float(process.ask("run", arguments, timeout=timeout)["seconds"])
 
-    warm = seconds(trial_tokens)
-    prompts = seconds(1)
-    whole = min(warm, seconds(trial_tokens))
-    token = max(whole - prompts, 1e-9) / (trial_tokens - 1)
+    seconds(2)  # warm
+    prompts = min(seconds(1), seconds(1))
+    whole = min(seconds(trial_tokens), seconds(trial_tokens))
+    if whole <= prompts:
+        raise ContenderFailed(f"{trial_tokens} tokens took less time than 1: the machine is too busy to tell")
+    token = (whole - prompts) / (trial_tokens - 1)
     return workload.requests * workload.output_tokens / (prompts + token * (workload.output_tokens - 1))
 
 

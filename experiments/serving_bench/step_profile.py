@@ -121,7 +121,7 @@ def profile_steps(llm: LLM, prompts: Sequence[Sequence[int]], output_tokens: int
 
     Returns:
       kinds: of steps with prompt chunks, and of those that only decode, by the tokens that they decode: their number,
-        median seconds, the median shares of each phase and of the host as a whole, and `parts`: see `_device_parts`.
+        median seconds, the median shares of each phase and of the host as a whole, and what `_device_time` says.
       steps, seconds, host_share: of all steps together.
     """
     params = SamplingParams(max_tokens=output_tokens, temperature=0, ignore_eos=True)
@@ -137,7 +137,7 @@ def profile_steps(llm: LLM, prompts: Sequence[Sequence[int]], output_tokens: int
         kinds.setdefault(kind, []).append(step)
     found = {}
     for kind, own in kinds.items():
-        found[kind] = _host_shares(own) | {"parts": _device_parts(llm, own[len(own) // 2].call)}
+        found[kind] = _host_shares(own) | _device_time(llm, own[len(own) // 2].call)
     total, host = sum(step.seconds for step in steps), sum(step.host_seconds for step in steps)
     return {"kinds": found, "steps": len(steps), "seconds": total, "host_share": host / total}
 
@@ -152,8 +152,12 @@ def _host_shares(steps: Sequence[Step]) -> dict[str, Any]:
     }
 
 
-def _device_parts(llm: LLM, call: Any, turns: int = 3) -> dict[str, float]:
-    """Share of the device time of a program's parts, from a trace of a few runs of it with a recorded step's rows."""
+def _device_time(llm: LLM, call: Any, turns: int = 3) -> dict[str, Any]:
+    """Where a program's device time goes, from a trace of a few runs of it with a recorded step's rows.
+
+    Returns:
+      parts: share of each part of the model; operations: the largest ones as [instruction with its type, scope, share].
+    """
     runner, (_, compiled, rest) = llm.runner, call
 
     def run() -> None:
@@ -161,7 +165,7 @@ def _device_parts(llm: LLM, call: Any, turns: int = 3) -> dict[str, float]:
         jax.block_until_ready(out)
 
     run()
-    parts = parts_of_program(compiled.as_text())
+    text = compiled.as_text()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(turns):
@@ -171,9 +175,30 @@ def _device_parts(llm: LLM, call: Any, turns: int = 3) -> dict[str, float]:
         for plane in jax.profiler.ProfileData.from_file(path).planes:
             for line in plane.lines:
                 for name, own in _own_times(line.events):
-                    seconds[parts.get(name, "other")] += own
-    total = sum(seconds.values())
-    return {part: value / total for part, value in sorted(seconds.items(), key=lambda item: -item[1])} if total else {}
+                    seconds[name] += own
+    total, parts_of = sum(seconds.values()), parts_of_program(text)
+    by_part: dict[str, float] = defaultdict(float)
+    for name, own in seconds.items():
+        by_part[parts_of.get(name, "other")] += own / total
+    largest = sorted(seconds.items(), key=_second)[: -_LARGEST - 1 : -1]
+    return {
+        "parts": dict(sorted(by_part.items(), key=_second)[::-1]),
+        "operations": [[*_describe(name, text), own / total] for name, own in largest],
+    }
+
+
+_LARGEST = 8
+
+
+def _second(item: tuple[str, float]) -> float:
+    return item[1]
+
+
+def _describe(name: str, text: str) -> tuple[str, str]:
+    """An instruction with its type, and its scope without what all share."""
+    line = re.search(rf"^\s+(?:ROOT )?%?{re.escape(name)} = (\S+)[^\n]*", text, re.MULTILINE)
+    scope = _OP_NAME.search(line[0]) if line else None
+    return f"{name} {line[1] if line else ''}", scope[1].replace("/eval_jaxpr", "") if scope else ""
 
 
 def _own_times(events: Any) -> Iterator[tuple[str, float]]:
@@ -243,7 +268,7 @@ def part_of_scope(scope: str) -> str:
         return "attention over blocks" if "while" in after else "projections, rotary embedding, cache write, merge"
     if scope.endswith("dot_general"):
         return "head"
-    if scope.count("while/body") >= 2:
+    if "body/jit(dynamic_index_in_dim)" in scope.replace("/eval_jaxpr", ""):
         return "layer loop: slices and copies of its parameters"
     return "sampling, embedding and the rest" if scope else ""
 
