@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -54,6 +54,29 @@ def test_rope_scaling_divides_positions() -> None:
     stretched = dict(batch, positions=2 * batch["positions"])
     assert relative_error(jax.jit(scaled.logits)(stretched), jax.jit(plain.logits)(batch)) <= 1e-5
     assert relative_error(jax.jit(scaled.logits)(batch), jax.jit(plain.logits)(batch)) > 1e-3
+
+
+def test_the_form_for_inference_computes_the_same_wherever_its_parts_are() -> None:
+    model, batch = tiny_model(tiny_config(num_layers=2)), plain_batch(np.random.default_rng(0).integers(0, 64, (4, 8)))
+    expected, routing = jax.jit(partial(model.logits, record_routing=True))(batch)
+    split = model.with_layout(Layout.create("foe", num_groups=8, data=2, group=4, shard_params=True)).for_inference()
+    got, trace = jax.jit(partial(split.logits, record_routing=True))(batch)
+    assert relative_error(got, expected) <= 1e-5
+    np.testing.assert_array_equal(trace.experts, routing.experts)
+    again = split.for_inference()
+    assert jax.tree.structure(nnx.state(again.transformer)) == jax.tree.structure(nnx.state(split.transformer))
+
+
+def test_the_form_for_inference_copies_no_layers_parameters() -> None:
+    config = tiny_config(num_layers=2, num_experts=64, expert_hidden_size=64)
+    model, batch = tiny_model(config), plain_batch(np.zeros((1, 2), np.int32))
+    experts = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.transformer.layers.experts))) // 2
+
+    def temporaries(model: LanguageModel) -> int:
+        compiled = jax.jit(model.logits).lower(batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(model.for_inference()) < experts / 2 < experts < temporaries(model)
 
 
 LAYERS, ROWS, LENGTH, WIDTH = 3, 8, 64, 32

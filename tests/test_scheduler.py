@@ -56,9 +56,9 @@ def check_shapes(plan: StepPlan, limits: SchedulerLimits) -> None:
     assert all(len(rows) <= limits.max_sequences for rows in plan.decode)
     chunks = [row for rows in plan.prefill for row in rows]
     if chunks:
-        rows = dict((length, rows) for rows, length in limits.prefill_shapes)[plan.prefill_length]
+        rows = max(rows for rows, length in limits.prefill_shapes if length == plan.prefill_length)
         assert all(len(shard) <= rows for shard in plan.prefill)
-        assert all(1 < row.length <= plan.prefill_length for row in chunks)
+        assert all(1 <= row.length <= plan.prefill_length for row in chunks)
         assert plan.decode_steps == 1
     for rows in plan.decode:
         assert all(1 <= row.length <= plan.decode_steps and row.samples for row in rows)
@@ -86,7 +86,7 @@ limits = st.builds(
     max_sequences=st.integers(1, 5),
     num_blocks=st.integers(12, 30),
     block_size=st.integers(2, 5),
-    prefill_shapes=st.sampled_from([((2, 4),), ((4, 4), (1, 16)), ((3, 9), (2, 3))]),
+    prefill_shapes=st.sampled_from([((2, 4),), ((4, 4), (1, 16)), ((3, 9), (2, 3)), ((5, 2), (1, 2))]),
     decode_steps=st.sampled_from([(1,), (1, 4), (1, 2, 8)]),
     reuse_prefixes=st.booleans(),
 )
@@ -236,6 +236,29 @@ def test_prompt_chunks_and_decoding_share_a_step() -> None:
         chunks.extend(row.length for row in plan.prefill[0])
         scheduler.update(devices.run(plan))
     assert chunks == [32, 18]
+
+
+def test_a_long_prompt_takes_the_rows_that_are_left() -> None:
+    scheduler = Scheduler(replace(LIMITS, prefill_shapes=((4, 8), (1, 8))))
+    for number, length in enumerate((20, 10, 5)):
+        scheduler.add(make_sequence(number, [number] * length, 2))
+    plan = scheduler.plan()
+    assert [(row.slot, row.start, row.length, row.samples) for row in plan.prefill[0]] == [
+        (0, 0, 8, False),
+        (0, 8, 8, False),
+        (0, 16, 4, True),
+        (1, 0, 8, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "length"), [([40], 32), ([32, 32], 32), ([8, 8, 8], 8), ([20, 12], 8), ([24, 8], 8), ([5], 32)]
+)
+def test_a_step_takes_the_rows_that_compute_most_of_the_prompts(prompts: list[int], length: int) -> None:
+    scheduler = Scheduler(LIMITS)
+    for number, prompt in enumerate(prompts):
+        scheduler.add(make_sequence(number, [number] * prompt, 2))
+    assert scheduler.plan().prefill_length == length
 
 
 def test_a_deadline_ends_a_sequence_wherever_it_is() -> None:

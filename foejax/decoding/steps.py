@@ -98,7 +98,7 @@ def _prefill(
             num_layers=config.num_layers,
             batch=batch,
             slots=slots,
-            groups=transformer.layers.experts.gate_SEDF[...].shape[1],
+            groups=transformer.local_groups,
             kv_heads=config.num_kv_heads // config.num_groups,
             head_dim=config.head_dim,
             dtype=config.dtype,

@@ -99,10 +99,14 @@ class LanguageModel(nnx.Module):
         return type(self)(transformer, self.config, layout)
 
     def for_inference(self) -> Self:
-        """The same model with parameters in its compute dtype, and whole on every data shard."""
+        """The same model as its tokens are computed fastest; it can neither be trained nor exported.
+
+        Parameters are in the compute dtype, whole on every data shard and each layer's in arrays of its own.
+        """
         model = self.with_layout(replace(self.layout, shard_params=False)) if self.layout.gathers_params else self
         graphdef, state = nnx.split(model.transformer)
-        return type(self)(nnx.merge(graphdef, cast_to_use(state)), model.config, model.layout)
+        transformer = nnx.merge(graphdef, cast_to_use(state)).with_separate_layers(model.layout)
+        return type(self)(transformer, model.config, model.layout)
 
     def loss(
         self,

@@ -42,6 +42,19 @@ def cast_to_use(state: nnx.State) -> nnx.State:
     )
 
 
+def unstack(state: nnx.State, layout: Layout) -> list[nnx.State]:
+    """The states of single blocks out of that of stacked ones."""
+    variables, treedef = jax.tree.flatten(state, is_leaf=_is_variable)
+
+    def layers_of(variable: Any) -> list[Any]:
+        stacked = variable.get_value()
+        sharding = layout.sharding(layout.spec(variable.logical_axes))
+        return [variable.replace(layer) for layer in jax.jit(list, out_shardings=sharding)(stacked)]
+
+    layers = zip(*map(layers_of, variables), strict=True)
+    return [jax.tree.unflatten(treedef, layer) for layer in layers]
+
+
 def _variables(state: nnx.State) -> list[Any]:
     return jax.tree.leaves(state, is_leaf=_is_variable)
 

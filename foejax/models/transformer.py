@@ -18,7 +18,7 @@ from foejax.models.block import MERGED_RESIDUAL, Block, Streams, layer_merge_sca
 from foejax.models.cache import AttentionCache
 from foejax.models.expert_parallel import EXCHANGED
 from foejax.models.layers import high_precision, make_norm, make_param, rms_norm, rotary_angles
-from foejax.models.params import enter_params_local
+from foejax.models.params import enter_params_local, unstack
 from foejax.models.router import RouterStats, Routing, SelectFn
 from pallas_kernels.grouped_swiglu.api import PREACTIVATIONS
 from sharding import Layout
@@ -45,7 +45,14 @@ class StackOutput:
 
 
 class Transformer(nnx.Module):
-    """Embedding, blocks stacked along a leading layer dimension, final norm and untied head."""
+    """Embedding, blocks, final norm and untied head.
+
+    Attributes:
+      layers: the blocks as one whose parameters have a leading layer dimension, which a scan goes through: one layer to
+        compile and to differentiate; see `with_separate_layers` for the other form.
+    """
+
+    layers: Block | nnx.List[Block]
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -81,9 +88,8 @@ class Transformer(nnx.Module):
         embedding_VD = self._param("embedding_VD", layout)
         embedded_ND = jnp.take(embedding_VD, tokens_N, axis=0) * config.embedding_scale
         residual_ND = embedded_ND.astype(config.dtype)
-        graphdef, layer_params = nnx.split(self.layers)
-        groups = self.layers.experts.gate_SEDF[...].shape[1]
-        streams = Streams(residual_ND, jnp.zeros_like(residual_ND, shape=(groups, *residual_ND.shape)))
+        graphdef = nnx.graphdef(self._first_block)
+        streams = Streams(residual_ND, jnp.zeros_like(residual_ND, shape=(self.local_groups, *residual_ND.shape)))
         streams = jax.tree.map(layout.vary_local, streams)
         angles_NK = rotary_angles(positions_N, config.head_dim, config.rope_base, config.rope_scaling_factor)
 
@@ -104,11 +110,43 @@ class Transformer(nnx.Module):
             )
             return (streams, cache), (stats, routing if record_routing else None)
 
-        layers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        (streams, cache), (stats, routing) = jax.lax.scan(
-            _with_remat(run_layer, remat, layout), (streams, cache), (layers, layer_params)
-        )
+        run = _with_remat(run_layer, remat, layout)
+        (streams, cache), (stats, routing) = self._for_each_layer(run, (streams, cache))
         return StackOutput(streams, cache, stats, routing)
+
+    def with_separate_layers(self, layout: Layout) -> Transformer:
+        """The same, with every layer's parameters in arrays of their own.
+
+        A scan copies a layer's parameters out of the stack before it uses them. Beside the many tokens of a training
+        step that is little; while decoding it is more than the layer itself.
+        """
+        if not isinstance(self.layers, Block):
+            return self
+        graphdef, stack = nnx.split(self.layers)
+        graphdef_of_all, state = nnx.split(self)
+        separate = nnx.merge(graphdef_of_all, state)
+        separate.layers = nnx.List(nnx.merge(graphdef, layer) for layer in unstack(stack, layout))
+        return separate
+
+    @property
+    def local_groups(self) -> int:
+        """Groups on this device."""
+        return int(self._first_block.experts.gate_SEDF[...].shape[-4])
+
+    @property
+    def _first_block(self) -> Block:
+        return self.layers if isinstance(self.layers, Block) else self.layers[0]
+
+    def _for_each_layer(self, run_layer: LayerFn, carry: Any) -> tuple[Any, Any]:
+        """`lax.scan` over the layers' numbers and parameters, or the same written out where they are separate."""
+        numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        if isinstance(self.layers, Block):
+            return jax.lax.scan(run_layer, carry, (numbers, nnx.state(self.layers)))
+        outputs = []
+        for number, block in enumerate(self.layers):
+            carry, output = run_layer(carry, (numbers[number], nnx.state(block)))
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *fields: jnp.stack(fields), *outputs)
 
     def hidden_slice_local(self, streams: Streams, layout: Layout) -> jax.Array:
         """Merge the streams a last time; each device of a group axis gets its slice of the tokens [M, D], normed."""

@@ -16,7 +16,8 @@ from sharding.mesh import GROUP
 _CACHE_BYTES_WITHOUT_GPU = 2 << 30
 _SHARE_OF_FREE_GPU_MEMORY = 0.8
 """The rest is for the activations of a step."""
-_SMALLEST_CHUNK = 16
+_LONG_ROW, _SHORT_ROW = 128, 32
+"""Prompt tokens of a row: the longer it is, the fewer rows read the same keys, and the more of the last one is padding."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,12 @@ class EngineConfig:
                 f"the cache holds {there} tokens, {there // shards} in each of {shards} parts of the devices, and the "
                 f"context is {context}: choose a shorter context, or a larger cache_tokens if memory allows"
             )
-        lengths = {self.prefill_tokens // divisor for divisor in (1, 4, 16)}
-        lengths = {length for length in lengths if length >= _SMALLEST_CHUNK} or {self.prefill_tokens}
         return SchedulerLimits(
             num_shards=shards,
             max_sequences=sequences,
             num_blocks=blocks,
             block_size=self.block_size,
-            prefill_shapes=tuple((self.prefill_tokens // length, length) for length in sorted(lengths)),
+            prefill_shapes=_prefill_shapes(self.prefill_tokens),
             decode_steps=(1, self.decode_steps) if self.decode_steps > 1 else (1,),
             reuse_prefixes=self.reuse_prefixes,
             reuse_outputs=self.expert_budget_of(model, layout) is None,
@@ -136,6 +135,16 @@ class EngineConfig:
         heads = model.num_kv_heads // layout.mesh.shape[GROUP]
         token_bytes = 2 * model.num_layers * heads * model.head_dim * jnp.dtype(model.dtype).itemsize
         return min(wanted, _memory_for_cache(layout) // (token_bytes * self.block_size))
+
+
+def _prefill_shapes(num_tokens: int) -> tuple[tuple[int, int], ...]:
+    """Few long rows, one of them, and many short ones."""
+    rows = -(-num_tokens // _LONG_ROW)
+    length = num_tokens // rows
+    shapes = {(rows, length), (1, length)}
+    if length > _SHORT_ROW:
+        shapes.add((num_tokens // _SHORT_ROW, _SHORT_ROW))
+    return tuple(sorted(shapes))
 
 
 def _memory_for_cache(layout: Layout) -> int:

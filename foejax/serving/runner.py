@@ -138,7 +138,9 @@ class ModelRunner:
 
     def _shape_of(self, plan: StepPlan) -> _Shape:
         if plan.prefill_length:
-            return next(shape for shape in self._shapes() if shape.prefill_length == plan.prefill_length)
+            widest = max(len(rows) for rows in plan.prefill)
+            fitting = (shape for shape in self._shapes() if shape.prefill_length == plan.prefill_length)
+            return min(shape for shape in fitting if shape.prefill_rows >= widest)
         widest = max(len(rows) for rows in plan.decode)
         rows = next(count for count in _row_counts(self.limits.max_sequences) if count >= widest)
         return _Shape(rows, plan.decode_steps, 0, 0)

@@ -24,7 +24,8 @@ class SchedulerLimits:
       max_sequences: slots, so sequences that run at the same time.
       num_blocks: blocks of the cache.
       block_size: tokens of a block.
-      prefill_shapes: (rows, tokens a row) of the prompt chunks of a step, of which one is taken.
+      prefill_shapes: (rows, tokens a row) of the prompt chunks of a step, of which one is taken; a long chunk is
+        several rows.
       decode_steps: how many steps in a row decoding may take where nobody waits, ascending from 1.
       reuse_prefixes: let sequences that begin alike share blocks.
       reuse_outputs: blocks with generated tokens too; not where decoding computes other keys and values than a prompt
@@ -61,7 +62,6 @@ class _Draft:
     decode: list[list[tuple[Sequence, Row]]]
     prefill: list[list[tuple[Sequence, Row]]]
     loads: list[SlotLoad] = field(default_factory=list)
-    prefill_rows: int = 0
     prefill_length: int = 0
 
 
@@ -83,7 +83,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._free_slots = [list(range(limits.max_sequences))[::-1] for _ in range(limits.num_shards)]
-        self._shapes = sorted(limits.prefill_shapes, key=lambda shape: shape[1])
+        self._most_rows = {length: rows for rows, length in sorted(limits.prefill_shapes)}
         self._draft = self._new_draft()
         self._num_plans = 0
         self.num_preemptions = self.num_prompt_tokens = self.num_prefix_tokens = 0
@@ -214,21 +214,42 @@ class Scheduler:
             self._plan_chunk(sequence)
 
     def _plan_decode(self, sequence: Sequence, length: int) -> None:
-        if self._ensure_blocks(sequence, sequence.num_computed + length):
-            self._draft.decode[sequence.shard].append((sequence, _row(sequence, length)))
+        start = sequence.num_computed
+        if self._ensure_blocks(sequence, start + length):
+            row = Row(sequence.slot, start, length, tuple(sequence.blocks), samples=True)
+            self._draft.decode[sequence.shard].append((sequence, row))
 
     def _plan_chunk(self, sequence: Sequence) -> None:
-        length = min(sequence.num_uncomputed, self._draft.prefill_length)
-        if self._ensure_blocks(sequence, sequence.num_computed + length):
-            self._draft.prefill[sequence.shard].append((sequence, _row(sequence, length)))
+        """As much of a prompt as the rows that are left take."""
+        rows, length = self._draft.prefill[sequence.shard], self._draft.prefill_length
+        first, last = sequence.num_computed, len(sequence.tokens)
+        end = min(last, first + length * (self._most_rows[length] - len(rows)))
+        if self._ensure_blocks(sequence, end):
+            blocks = tuple(sequence.blocks)
+            for start in range(first, end, length):
+                stop = min(start + length, end)
+                rows.append((sequence, Row(sequence.slot, start, stop - start, blocks, samples=stop == last)))
 
     def _prefill_has_room(self, sequence: Sequence) -> bool:
         """Whether its shard takes another chunk; the first one of a step decides on the shape."""
         draft = self._draft
-        if not draft.prefill_length:
-            fitting = [shape for shape in self._shapes if shape[1] >= sequence.num_uncomputed]
-            draft.prefill_rows, draft.prefill_length = fitting[0] if fitting else self._shapes[-1]
-        return len(draft.prefill[sequence.shard]) < draft.prefill_rows
+        draft.prefill_length = draft.prefill_length or self._choose_prefill_length()
+        return len(draft.prefill[sequence.shard]) < self._most_rows[draft.prefill_length]
+
+    def _choose_prefill_length(self) -> int:
+        """Tokens of a row with which the step computes the most of the prompts that are there; of equals the larger."""
+        num_free = sum(map(len, self._free_slots))
+        coming = [sequence for sequence in self.waiting if not _awaits_parent(sequence)][:num_free]
+        prompts = [s.num_uncomputed for s in (*self.running, *coming) if s.num_uncomputed > 1]
+
+        def num_computed(length: int) -> int:
+            free, total = self._most_rows[length] * self.limits.num_shards, 0
+            for prompt in prompts:
+                rows = min(-(-prompt // length), free)
+                free, total = free - rows, total + min(prompt, rows * length)
+            return total
+
+        return max(self._most_rows, key=lambda length: (num_computed(length), length))
 
     def _admit(self) -> None:
         """Let waiting sequences enter free slots, in order; one that has to wait holds up those behind it."""
@@ -242,7 +263,8 @@ class Scheduler:
         """Place a sequence and plan its first row; False, and nothing done, where there is no room."""
         shards = [shard for shard, slots in enumerate(self._free_slots) if slots]
         if self._draft.prefill_length:
-            shards = [shard for shard in shards if len(self._draft.prefill[shard]) < self._draft.prefill_rows]
+            most = self._most_rows[self._draft.prefill_length]
+            shards = [shard for shard in shards if len(self._draft.prefill[shard]) < most]
         if not shards:
             return False
         prefixes = {shard: self._known_prefix(sequence, shard) for shard in shards}
@@ -337,11 +359,6 @@ def _awaits_parent(sequence: Sequence) -> bool:
     """Whether the first continuation of its prompt is still computing what this one will share."""
     parent = sequence.parent
     return parent is not None and parent.finish_reason is None and parent.num_computed < parent.prompt_length
-
-
-def _row(sequence: Sequence, length: int) -> Row:
-    samples = sequence.num_uncomputed == 1 or sequence.num_uncomputed == length
-    return Row(sequence.slot, sequence.num_computed, length, tuple(sequence.blocks), samples)
 
 
 def _load(sequence: Sequence) -> SlotLoad:

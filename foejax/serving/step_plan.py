@@ -60,7 +60,7 @@ class StepPlan:
       number: counts plans.
       loads: sequences that enter slots first.
       decode: of every shard, rows that compute one token a step.
-      prefill: of every shard, rows of several prompt tokens.
+      prefill: of every shard, rows of several prompt tokens; those of one sequence follow each other.
       prefill_length: tokens that a prefill row is padded to; 0 where there are none.
       decode_steps: steps in a row that the decode rows take; more than one only without prefill rows.
       logprobs: whether log-probabilities of the sampled tokens and of the likeliest ones are wanted.
