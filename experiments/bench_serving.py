@@ -79,9 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         ("prompt-tokens", 256, "of each request"),
         ("output-tokens", 128, "of each request"),
         ("repeats", 3, "runs of each contender that count"),
-        ("trial-tokens", 12, "output tokens while settings are tried"),
+        ("trial-tokens", 48, "output tokens while settings are tried"),
         ("threads", 2, "cores of a contender; 0 is all"),
-        ("prefill-tokens", 512, "of our engine"),
+        ("prefill-tokens", 2048, "of our engine"),
         ("decode-steps", 8, "of our engine"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: {default}")

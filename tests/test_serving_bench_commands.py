@@ -259,8 +259,10 @@ HloModule jit_run
 
 %body (q: f32[2]) -> f32[2] {
   %unnamed.1 = f32[2]{0} fusion(%q), kind=kLoop, calls=%fused_computation.1, metadata={stack_frame_id=3}
-  %slice.1 = f32[2]{0} fusion(%q), metadata={op_name="jit(run)/while/body/eval_jaxpr/jit(dynamic_index_in_dim)/x"}
-  ROOT %copy.1 = f32[2]{0} copy(%slice.1), metadata={op_name="jit(run)/while/body/experts/combine/add"}
+  %weights.1 = f32[2]{0} fusion(%q), kind=kLoop
+  %projected.1 = f32[2]{0} dot(%q, %weights.1)
+  %heads.1 = f32[2]{0} copy(%projected.1), metadata={op_name="jit(run)/while/body/attention/while/body/x"}
+  ROOT %copy.1 = f32[2]{0} copy(%heads.1), metadata={op_name="jit(run)/while/body/experts/combine/add"}
 }
 """
 
@@ -268,7 +270,7 @@ HloModule jit_run
 def test_operations_are_told_apart_by_their_scopes() -> None:
     found = parts_of_program(PROGRAM)
     assert found["dot.1"] == found["unnamed.1"] == "projections, rotary embedding, cache write, merge"
-    assert found["slice.1"] == "layer loop: slices and copies of its parameters"
+    assert found["weights.1"] == found["projected.1"] == found["heads.1"] == "attention over blocks"
     assert found["copy.1"] == "routing, row plan, combine"
     for scope, part in (
         ("jit(run)/while/body/experts/grouped_swiglu/while/body/dot_general", "expert matmuls"),

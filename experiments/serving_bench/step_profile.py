@@ -224,17 +224,20 @@ def _operation(event: Any) -> str:
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = ")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
+_NAMES = re.compile(r"%([\w.-]+)")
 _OP_NAME, _CALLS = re.compile(r'op_name="([^"]*)"'), re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
 
 
 def parts_of_program(text: str) -> dict[str, str]:
     """Part of the model of every instruction of a compiled program, from the scopes in its metadata.
 
-    An instruction without a scope counts for the computation that it calls, or else for the one that it stands in.
+    An instruction without a scope counts for the computation that it calls, or else for the instructions that use it,
+    or else for the computation that it stands in.
     """
     own: dict[str, str] = {}
     calls: dict[str, str] = {}
     inside: dict[str, list[str]] = {}
+    users: dict[str, list[str]] = defaultdict(list)
     computation = ""
     for line in text.splitlines():
         if opened := _COMPUTATION.match(line):
@@ -245,12 +248,15 @@ def parts_of_program(text: str) -> dict[str, str]:
             own[found[1]] = part_of_scope(scope[1]) if scope else ""
             if called:
                 calls[found[1]] = called[1]
+            for operand in _NAMES.findall(line[found.end() :]):
+                users[operand].append(found[1])
     result = {}
     for names in inside.values():
         around = _most_common(own[name] for name in names)
-        for name in names:
+        for name in names[::-1]:  # whoever uses an instruction comes after it
             called_part = _most_common(own[other] for other in inside.get(calls.get(name, ""), ()))
-            result[name] = own[name] or called_part or around or "other"
+            used_for = _most_common(result.get(user, "") for user in users[name])
+            result[name] = own[name] or called_part or used_for or around or "other"
     return result
 
 
@@ -268,8 +274,6 @@ def part_of_scope(scope: str) -> str:
         return "attention over blocks" if "while" in after else "projections, rotary embedding, cache write, merge"
     if scope.endswith("dot_general"):
         return "head"
-    if "body/jit(dynamic_index_in_dim)" in scope.replace("/eval_jaxpr", ""):
-        return "layer loop: slices and copies of its parameters"
     return "sampling, embedding and the rest" if scope else ""
 
 

@@ -233,7 +233,7 @@ def _add_engine_sizes(command: argparse.ArgumentParser) -> None:
         ("--max-sequences", _positive, 64, "sequences that run at the same time"),
         ("--context", _not_negative, 0, "longest sequence, prompt and output; 0 is the model's"),
         ("--cache-tokens", _not_negative, 0, "tokens that the cache holds; 0 is as many as fit"),
-        ("--prefill-tokens", _positive, 512, "prompt tokens of a step"),
+        ("--prefill-tokens", _positive, 2048, "prompt tokens of a step"),
         ("--decode-steps", _positive, 8, "tokens in a row that are decoded where nobody waits"),
     ]
     for name, kind, default, text in sizes:

@@ -46,4 +46,5 @@ class GroupAttention(nnx.Module):
 
 
 def _project(x_SND: jax.Array, w_SDHK: jax.Array) -> jax.Array:
-    return jnp.einsum("snd,sdhk->nshk", x_SND, w_SDHK)
+    # XLA on CPU is up to 1.6 times slower where tokens do not come first after the batch dimension.
+    return jnp.einsum("snd,sdhk->snhk", x_SND, w_SDHK).swapaxes(0, 1)

@@ -17,7 +17,7 @@ _CACHE_BYTES_WITHOUT_GPU = 2 << 30
 _SHARE_OF_FREE_GPU_MEMORY = 0.8
 """The rest is for the activations of a step."""
 _LONG_ROW, _SHORT_ROW = 128, 32
-"""Prompt tokens of a row: the longer it is, the fewer rows read the same keys, and the more of the last one is padding."""
+"""Prompt tokens of a row: in longer ones fewer rows read the same keys, and more of a prompt's last row is padding."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class EngineConfig:
     context: int = 0
     cache_tokens: int = 0
     block_size: int = 16
-    prefill_tokens: int = 512
+    prefill_tokens: int = 2048
     decode_steps: int = 8
     reuse_prefixes: bool = True
     score_prompts: bool = False
@@ -121,7 +121,7 @@ class EngineConfig:
             max_sequences=sequences,
             num_blocks=blocks,
             block_size=self.block_size,
-            prefill_shapes=_prefill_shapes(self.prefill_tokens),
+            prefill_shapes=_prefill_shapes(min(self.prefill_tokens, sequences * context), context),
             decode_steps=(1, self.decode_steps) if self.decode_steps > 1 else (1,),
             reuse_prefixes=self.reuse_prefixes,
             reuse_outputs=self.expert_budget_of(model, layout) is None,
@@ -137,11 +137,11 @@ class EngineConfig:
         return min(wanted, _memory_for_cache(layout) // (token_bytes * self.block_size))
 
 
-def _prefill_shapes(num_tokens: int) -> tuple[tuple[int, int], ...]:
-    """Few long rows, one of them, and many short ones."""
-    rows = -(-num_tokens // _LONG_ROW)
+def _prefill_shapes(num_tokens: int, context: int) -> tuple[tuple[int, int], ...]:
+    """All long rows, a quarter of them and so on down to one, and the same tokens as many short rows."""
+    rows = -(-num_tokens // min(_LONG_ROW, context))
     length = num_tokens // rows
-    shapes = {(rows, length), (1, length)}
+    shapes = {(max(rows // 4**power, 1), length) for power in range(rows.bit_length())}
     if length > _SHORT_ROW:
         shapes.add((num_tokens // _SHORT_ROW, _SHORT_ROW))
     return tuple(sorted(shapes))
