@@ -207,6 +207,9 @@ def test_decoding_takes_several_steps_in_a_row_where_nobody_waits() -> None:
     scheduler.add(make_sequence(0, [1, 2, 3, 4, 5], 10))
     steps = [plan.decode_steps for plan in run(scheduler)]
     assert steps == [1, 4, 4, 1]
+    scheduler.add(make_sequence(6, [9] * 5, 8))
+    last = run(scheduler)[-1]
+    assert (last.decode_steps, last.decode[0][0].length) == (4, 3)
     for number in range(1, 6):
         scheduler.add(make_sequence(number, [number] * 6, 9))
     plans = run(scheduler)

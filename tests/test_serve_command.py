@@ -24,8 +24,11 @@ from tiny import tiny_config
 
 import foejax
 from foejax.cli import main
+from foejax.commands.engine_options import engine_config_of
+from foejax.commands.parser import make_parser
 from foejax.interop import export_model
 from foejax.models import LanguageModel
+from foejax.serving.engine_config import EngineConfig
 from sharding import Layout
 
 SIZES = ["--context", "64", "--max-sequences", "1", "--prefill-tokens", "16", "--decode-steps", "1"]
@@ -122,6 +125,27 @@ def test_what_the_command_refuses(
     assert "neither" in failure(capsys, "serve", str(tmp_path), "--port", "0")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "serving needs uvicorn: pip install foejax[serve]" in failure(capsys, "serve", "x")
+
+
+def test_the_commands_defaults_are_the_engines() -> None:
+    for argv in (["serve", "x"], ["bench", "serve", "x", "--out", "y"]):
+        assert engine_config_of(make_parser().parse_args(argv)) == EngineConfig()
+    options = make_parser().parse_args(["serve", "x", "--expert-budget", "8", "--expert-warm-up", "1"])
+    assert engine_config_of(options, score_prompts=True) == EngineConfig(
+        expert_budget=8, expert_warm_up=1, score_prompts=True
+    )
+
+
+@pytest.mark.slow
+def test_a_server_on_eight_devices_says_the_same(folder: Path, tmp_path: Path) -> None:
+    """Two groups, each on four devices that share the requests."""
+    expected = foejax.load(folder, devices=1).generate(PROMPTS, 20)
+    with served(folder, tmp_path / "log", "--devices", "8") as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
+            asked: dict[str, Any] = {"model": folder.name, "prompt": PROMPTS, "max_tokens": 20, "temperature": 0}
+            assert [choice.text for choice in client.completions.create(**asked).choices] == expected
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
 
 
 @pytest.mark.slow

@@ -272,3 +272,18 @@ def test_collectives_of_its_programs_do_not_race(binding: str) -> None:
     assert len(programs) >= 5
     for program in programs:
         assert not find_races(program.as_text())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "shapes"),
+    [
+        (2048, 4096, {(1, 128), (4, 128), (16, 128), (64, 32)}),
+        (300, 4096, {(1, 100), (3, 100), (9, 32)}),
+        (16, 4096, {(1, 16)}),
+        (2048, 64, {(1, 64), (2, 64), (8, 64), (16, 32)}),  # 8 sequences have no more than 512 tokens
+    ],
+)
+def test_prompts_are_computed_in_a_few_shapes_of_rows(tokens: int, context: int, shapes: set[tuple[int, int]]) -> None:
+    engine = EngineConfig(max_sequences=8, context=context, prefill_tokens=tokens)
+    model = tiny_config(max_seq_len=context)
+    assert set(engine.limits(model, Layout.single_device()).prefill_shapes) == shapes

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foejax.commands.engine_options import engine_config_of
 from foejax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -97,19 +98,12 @@ def _make_traces(options: argparse.Namespace) -> list[Trace]:
 def _run_model(options: argparse.Namespace, index: int, traces: Sequence[Trace]) -> list[list[RequestRecord]]:
     """The traces on an engine over one folder, each on an empty cache."""
     from foejax.api import load
-    from foejax.serving.engine_config import EngineConfig
     from foejax.serving.llm import LLM
     from foejax.serving.load.in_process import run_in_process
     from foejax.serving.load.trace import LoadError
     from foejax.serving.sampling_params import SamplingParams
 
-    config = EngineConfig(
-        max_sequences=options.max_sequences,
-        context=options.context,
-        cache_tokens=options.cache_tokens,
-        prefill_tokens=options.prefill_tokens,
-        decode_steps=options.decode_steps,
-    )
+    config = engine_config_of(options)
     loaded = load(options.folders[index], devices=options.devices or 0, dtype=options.dtype)
     if loaded.tokenizer is None and any(
         isinstance(request.prompt, str) for trace in traces for request in trace.requests

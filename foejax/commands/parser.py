@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from foejax.commands import bench, data, folder, inspect, serve, train
+from foejax.commands.engine_options import add_engine_options
 from foejax.commands.fields import describe_fields
 from foejax.config import ConfigError
 
@@ -214,7 +215,7 @@ def _add_serving(commands: Any) -> None:
     command.add_argument("--port", type=_not_negative, default=8000, help="default: 8000; 0 takes a free one")
     command.add_argument("--name", help="by which clients ask for the model; default: the folder's name")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's own")
-    _add_engine_sizes(command)
+    add_engine_options(command, _positive, _not_negative)
     command.add_argument(
         "--max-waiting",
         type=_not_negative,
@@ -226,18 +227,6 @@ def _add_serving(commands: Any) -> None:
     command.add_argument(
         "--drain-timeout", type=_seconds, default=30.0, metavar="S", help="for what runs at a signal; default: 30"
     )
-
-
-def _add_engine_sizes(command: argparse.ArgumentParser) -> None:
-    sizes: list[tuple[str, Callable[[str], Any], Any, str]] = [
-        ("--max-sequences", _positive, 64, "sequences that run at the same time"),
-        ("--context", _not_negative, 0, "longest sequence, prompt and output; 0 is the model's"),
-        ("--cache-tokens", _not_negative, 0, "tokens that the cache holds; 0 is as many as fit"),
-        ("--prefill-tokens", _positive, 2048, "prompt tokens of a step"),
-        ("--decode-steps", _positive, 8, "tokens in a row that are decoded where nobody waits"),
-    ]
-    for name, kind, default, text in sizes:
-        command.add_argument(name, type=kind, default=default, metavar="N", help=f"{text}; default: {default}")
 
 
 def _add_bench(commands: Any) -> None:
@@ -296,7 +285,7 @@ def _add_bench_serve(actions: Any) -> None:
     command.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="of a request; default: 600")
     _add_devices(command)
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the model's own")
-    _add_engine_sizes(command)
+    add_engine_options(command, _positive, _not_negative)
 
 
 def _add_conversions(commands: Any) -> None:

@@ -7,6 +7,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from foejax.commands.engine_options import engine_config_of
 from foejax.config import ConfigError
 
 EXIT_CUT_OFF = 130
@@ -17,22 +18,13 @@ _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "jinja2")
 def run_serve(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Load, compile, serve until a signal, finish what runs."""
     _check_packages()
-    from foejax.serving.engine_config import EngineConfig
     from foejax.serving.engine_thread import EngineThread
     from foejax.serving.llm import LLM
     from foejax.serving.server.app import ServedModel, make_app
     from foejax.serving.server.chat_template import ChatTemplate
     from foejax.serving.server.process import Server, bind, url_of
 
-    config = EngineConfig(
-        max_sequences=options.max_sequences,
-        context=options.context,
-        cache_tokens=options.cache_tokens,
-        prefill_tokens=options.prefill_tokens,
-        decode_steps=options.decode_steps,
-        score_prompts=True,
-        report_experts=True,
-    )
+    config = engine_config_of(options, score_prompts=True, report_experts=True)
     with bind(options.host, options.port) as bound:  # an address in use is told before the minutes of loading
         folder = Path(options.folder)
         llm = LLM(folder, config, devices=options.devices or 0, dtype=options.dtype)

@@ -190,13 +190,16 @@ class Scheduler:
         return _Draft([[] for _ in shards], [[] for _ in shards])
 
     def _num_decode_steps(self) -> int:
-        """Steps in a row: several where no prompt can be computed and no block has to be taken back for them."""
+        """Steps in a row: several where no prompt can be computed and no block has to be taken back for them.
+
+        Most of them are taken by some sequence; those after its end are nearly free, since nothing is active then.
+        """
         somebody_waits = self.waiting and any(self._free_slots)
         if not self.running or somebody_waits or any(s.num_uncomputed > 1 for s in self.running):
             return 1
         longest = max(sequence.num_left for sequence in self.running)
         for steps in reversed(self.limits.decode_steps):
-            if steps == 1 or (steps <= longest and self._blocks_suffice(steps)):
+            if steps == 1 or (steps < 2 * longest and self._blocks_suffice(steps)):
                 return steps
         return 1
 
