@@ -94,6 +94,11 @@ def test_templates_see_special_tokens_and_further_fields() -> None:
     assert show(tokens[1:]) == 'Ann:{"é": [1]}4'
 
 
+def test_what_is_marked_for_training_is_ordinary_content() -> None:
+    source = "{% for m in messages %}{% generation %}{{ m.content }}!{% endgeneration %}{% endfor %}"
+    assert show(template(source).encode([message("yes"), message("no")])) == "yes!no!"
+
+
 @pytest.mark.parametrize(
     ("source", "messages", "reason"),
     [

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from foejax.config import ConfigError
@@ -51,7 +53,7 @@ class ChatTemplate:
         self.end_tokens = tuple(end_tokens)
         self._tokenizer, self._special = tokenizer, special
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: time.strftime(form)}
@@ -113,6 +115,16 @@ class ChatTemplate:
 
     def _encode_plain(self, text: str) -> list[int]:
         return self._tokenizer.encode(text.replace(_BREAK, ""))
+
+
+class _Generation(Extension):
+    """`{% generation %}`, which marks what an assistant says for training: here just its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _map_texts(value: Any, change: Any) -> Any:
