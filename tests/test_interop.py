@@ -284,6 +284,8 @@ def test_unusable_targets_and_arguments_are_refused(moe: LanguageModel, tmp_path
         export_model(moe, tmp_path / "out", dtype="int8")
     with pytest.raises(ExportError, match="vocab_size=40"):
         export_model(moe, tmp_path / "out", tokenizer=train_bpe(["text"], 257))
+    with pytest.raises(ExportError, match="made by for_inference"):
+        export_model(moe.for_inference(), tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "thesis.txt"]
     (tmp_path / "empty").mkdir()
     assert (export_model(moe, tmp_path / "empty") / "model.safetensors").is_file()

@@ -21,6 +21,7 @@ from foejax.interop.errors import ExportError
 from foejax.interop.safetensors_file import DTYPES, TensorSpec, write_safetensors
 from foejax.interop.tensor_names import SELECTION_BIAS, ModelType, ParamPath, TensorRule, tensor_rules
 from foejax.models import LanguageModel
+from foejax.models.block import Block
 from foejax.models.layers import high_precision
 
 SINGLE_FILE = "model.safetensors"
@@ -55,11 +56,14 @@ def export_model(
 
     Raises:
       ExportError: the folder is not empty or cannot be written, the model does not fit the model type, the tokenizer
-        does not fit the model, an unknown dtype, or parameters that other processes hold.
+        does not fit the model, an unknown dtype, a model made by `for_inference`, or parameters that other processes
+        hold.
     """
     target = Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target} is there already and not an empty folder: remove it or choose another name")
+    if not isinstance(model.transformer.layers, Block):
+        raise ExportError("the model was made by for_inference: export the one that it was made from")
     dtype = dtype or str(high_precision(model.config.dtype))
     if dtype not in DTYPES:
         raise ExportError(f"dtype={dtype!r} cannot be stored: choose one of {', '.join(DTYPES)}")
