@@ -92,12 +92,12 @@ def weight_gradient(x_RK: jax.Array, dy_RN: jax.Array, group_sizes_E: jax.Array)
 
 
 def tile_height(num_rows: int, num_experts: int) -> int:
-    """Rows of a tile: about half an expert's mean share, as a power of two.
+    """Rows of a tile: about an expert's mean share up to 32 rows, half of it beyond, as a power of two.
 
-    Taller tiles waste compute in each expert's last tile, lower ones read the weights more often; the optimum is flat.
+    Taller tiles waste compute in each expert's last tile, lower ones read the weights more often.
     """
-    half_share = max(num_rows // (2 * num_experts), 1)
-    power_of_two = 1 << (half_share.bit_length() - 1)
+    share = max(num_rows // num_experts, 1)
+    power_of_two = 1 << (max(share // 2, min(share, 32)).bit_length() - 1)
     return min(max(power_of_two, _SMALLEST_TILE), _LARGEST_TILE, num_rows)
 
 
