@@ -264,6 +264,28 @@ def test_a_step_takes_the_rows_that_compute_most_of_the_prompts(prompts: list[in
     assert scheduler.plan().prefill_length == length
 
 
+SHORT_AND_LONG_ROWS = replace(LIMITS, num_blocks=64, prefill_shapes=((1, 32), (2, 32), (16, 8)))
+
+
+def test_rows_are_chosen_for_what_the_cache_does_not_hold() -> None:
+    scheduler, prefix = Scheduler(SHORT_AND_LONG_ROWS), [number % 6 for number in range(60)]
+    scheduler.add(make_sequence(0, [*prefix, 9], 1))
+    run(scheduler)
+    for number in (1, 2):
+        scheduler.add(make_sequence(number, [*prefix, number, 8, 8], 2))
+    plan = scheduler.plan()
+    assert [row.length for row in plan.prefill[0]] == [3, 3] and plan.prefill_length == 32
+
+
+@pytest.mark.parametrize(("num_blocks", "length"), [(27, 8), (26, 32)])
+def test_rows_are_chosen_for_those_who_find_room(num_blocks: int, length: int) -> None:
+    """The second prompt needs 25 blocks beside the two of the first."""
+    scheduler = Scheduler(replace(SHORT_AND_LONG_ROWS, num_blocks=num_blocks))
+    scheduler.add(make_sequence(0, [1] * 5, 2))
+    scheduler.add(make_sequence(1, [2] * 98, 2))
+    assert scheduler.plan().prefill_length == length
+
+
 def test_a_deadline_ends_a_sequence_wherever_it_is() -> None:
     scheduler = Scheduler(replace(LIMITS, max_sequences=1))
     running, waiting = (make_sequence(number, [1, 2], 9, deadline=5.0 + number) for number in range(2))

@@ -14,7 +14,7 @@ from sharding import Layout
 def param_specs(state: nnx.State, layout: Layout) -> list[PartitionSpec]:
     """Partition of every leaf of a model's state, in the order of `jax.tree.leaves`.
 
-    Blocks are stacked: their arrays have a leading layer dimension that their logical axes do not name.
+    Arrays of stacked blocks have a leading layer dimension that their logical axes do not name.
     """
     specs = []
     for variable in _variables(state):

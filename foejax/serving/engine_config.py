@@ -30,7 +30,7 @@ class EngineConfig:
       cache_tokens: tokens whose keys and values fit the cache; 0 is as many as `max_sequences` of `context` need, or as
         fit into most of a GPU's free memory (without a GPU: 2 GiB).
       block_size: tokens of a cache block.
-      prefill_tokens: prompt tokens of a step.
+      prefill_tokens: prompt tokens of a step, on each part of the devices that holds sequences of its own.
       decode_steps: tokens in a row that sequences decode without the host where nobody waits.
       reuse_prefixes: keep the cache of finished sequences for prompts that begin like them, while there is room.
       score_prompts: be able to tell log-probabilities of prompts, for which one more program is compiled.
@@ -142,7 +142,7 @@ def _prefill_shapes(num_tokens: int, context: int) -> tuple[tuple[int, int], ...
     rows = -(-num_tokens // min(_LONG_ROW, context))
     length = num_tokens // rows
     shapes = {(max(rows // 4**power, 1), length) for power in range(rows.bit_length())}
-    if length > _SHORT_ROW:
+    if length >= 2 * _SHORT_ROW:
         shapes.add((num_tokens // _SHORT_ROW, _SHORT_ROW))
     return tuple(sorted(shapes))
 

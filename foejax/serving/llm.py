@@ -115,6 +115,7 @@ class LLM:
             model = load(model, devices=devices, dtype=dtype)
         config = config or EngineConfig()
         language_model, self.tokenizer = model.model.for_inference(), model.tokenizer
+        del model  # what was loaded here makes room for the cache
         layout = language_model.layout
         self.context = config.context_of(language_model.config)
         self.limits = config.limits(language_model.config, layout)

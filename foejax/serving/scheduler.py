@@ -83,7 +83,10 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._free_slots = [list(range(limits.max_sequences))[::-1] for _ in range(limits.num_shards)]
-        self._most_rows = {length: rows for rows, length in sorted(limits.prefill_shapes)}
+        self._row_counts: dict[int, list[int]] = {}
+        for rows, length in sorted(limits.prefill_shapes):
+            self._row_counts.setdefault(length, []).append(rows)
+        self._most_rows = {length: rows[-1] for length, rows in self._row_counts.items()}
         self._draft = self._new_draft()
         self._num_plans = 0
         self.num_preemptions = self.num_prompt_tokens = self.num_prefix_tokens = 0
@@ -192,7 +195,8 @@ class Scheduler:
     def _num_decode_steps(self) -> int:
         """Steps in a row: several where no prompt can be computed and no block has to be taken back for them.
 
-        Most of them are taken by some sequence; those after its end are nearly free, since nothing is active then.
+        More than half of them are taken by some sequence; the rest, without tokens for attention and experts, costs
+        less than further launches.
         """
         somebody_waits = self.waiting and any(self._free_slots)
         if not self.running or somebody_waits or any(s.num_uncomputed > 1 for s in self.running):
@@ -240,19 +244,45 @@ class Scheduler:
         return len(draft.prefill[sequence.shard]) < self._most_rows[draft.prefill_length]
 
     def _choose_prefill_length(self) -> int:
-        """Tokens of a row with which the step computes the most of the prompts that are there; of equals the larger."""
-        num_free = sum(map(len, self._free_slots))
-        coming = [sequence for sequence in self.waiting if not _awaits_parent(sequence)][:num_free]
-        prompts = [s.num_uncomputed for s in (*self.running, *coming) if s.num_uncomputed > 1]
+        """Tokens of a row with which the step computes most of the prompts, then with least padding, then the larger.
 
-        def num_computed(length: int) -> int:
-            free, total = self._most_rows[length] * self.limits.num_shards, 0
+        An estimate: it takes the shards' rows as one pool.
+        """
+        prompts, shards = self._prompts_at_hand(), self.limits.num_shards
+
+        def merits(length: int) -> tuple[int, int, int]:
+            free, total = self._most_rows[length] * shards, 0
             for prompt in prompts:
                 rows = min(-(-prompt // length), free)
                 free, total = free - rows, total + min(prompt, rows * length)
-            return total
+            used = -(-(self._most_rows[length] * shards - free) // shards)
+            padded = next(rows for rows in self._row_counts[length] if rows >= used) * length
+            return total, -padded, length
 
-        return max(self._most_rows, key=lambda length: (num_computed(length), length))
+        return max(self._most_rows, key=merits)
+
+    def _prompts_at_hand(self) -> list[int]:
+        """Uncomputed tokens of the prompts that run or could be admitted, as many as fill a step."""
+        running = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        prompts = [sequence.num_uncomputed for sequence in running]
+        shards = [shard for shard, slots in enumerate(self._free_slots) if slots]
+        num_slots = sum(map(len, self._free_slots))
+        blocks_for = self.pools[0].blocks_for
+        num_blocks = sum(pool.num_free for pool in self.pools)
+        num_blocks -= sum(blocks_for(len(sequence.tokens)) - len(sequence.blocks) for sequence in running)
+        most_tokens = self.limits.num_shards * max(rows * length for rows, length in self.limits.prefill_shapes)
+        for sequence in self.waiting:
+            if num_slots == 0 or sum(prompts) >= most_tokens:
+                break
+            if _awaits_parent(sequence):
+                continue
+            known = max(len(self._known_prefix(sequence, shard)) for shard in shards)
+            num_slots -= 1
+            num_blocks -= blocks_for(len(sequence.tokens)) - known
+            if num_blocks < 0:
+                break
+            prompts.append(sequence.num_uncomputed - known * self.limits.block_size)
+        return prompts
 
     def _admit(self) -> None:
         """Let waiting sequences enter free slots, in order; one that has to wait holds up those behind it."""
