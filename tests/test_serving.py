@@ -268,9 +268,8 @@ def test_bad_prompts_are_refused_and_leave_nothing_behind(prompt: Any, params: d
 @pytest.mark.parametrize("binding", BINDINGS)
 def test_collectives_of_its_programs_do_not_race(binding: str) -> None:
     llm = make_llm(binding, "roomy")
-    programs = [*llm.runner._programs.values(), llm.scorer._program]
-    assert len(programs) >= 5
-    for program in programs:
+    assert len(llm.runner._programs) == llm.runner.num_programs - 1 >= 3  # the other one loads slots
+    for program in [*llm.runner._programs.values(), llm.scorer._program]:
         assert not find_races(program.as_text())
 
 
