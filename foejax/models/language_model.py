@@ -104,9 +104,8 @@ class LanguageModel(nnx.Module):
         Parameters are in the compute dtype, whole on every data shard and each layer's in arrays of its own.
         """
         model = self.with_layout(replace(self.layout, shard_params=False)) if self.layout.gathers_params else self
-        graphdef, state = nnx.split(model.transformer)
-        transformer = nnx.merge(graphdef, cast_to_use(state)).with_separate_layers(model.layout)
-        return type(self)(transformer, model.config, model.layout)
+        graphdef, state = nnx.split(model.transformer.with_separate_layers(model.layout))
+        return type(self)(nnx.merge(graphdef, cast_to_use(state)), model.config, model.layout)
 
     def loss(
         self,

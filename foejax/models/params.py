@@ -43,16 +43,21 @@ def cast_to_use(state: nnx.State) -> nnx.State:
 
 
 def unstack(state: nnx.State, layout: Layout) -> list[nnx.State]:
-    """The states of single blocks out of that of stacked ones."""
+    """The states of single blocks, in the dtypes in which layers use them, out of that of stacked ones."""
     variables, treedef = jax.tree.flatten(state, is_leaf=_is_variable)
 
     def layers_of(variable: Any) -> list[Any]:
-        stacked = variable.get_value()
         sharding = layout.sharding(layout.spec(variable.logical_axes))
-        return [variable.replace(layer) for layer in jax.jit(list, out_shardings=sharding)(stacked)]
+        separate = jax.jit(_separate, static_argnames="dtype", out_shardings=sharding)
+        return [variable.replace(layer) for layer in separate(variable.get_value(), dtype=variable.use_dtype)]
 
     layers = zip(*map(layers_of, variables), strict=True)
     return [jax.tree.unflatten(treedef, layer) for layer in layers]
+
+
+def _separate(stacked: jax.Array, dtype: Any) -> list[jax.Array]:
+    """Cast and taken apart in one program, so that no cast stack stands in memory between the two."""
+    return list(stacked.astype(dtype))
 
 
 def _variables(state: nnx.State) -> list[Any]:

@@ -115,7 +115,7 @@ class Transformer(nnx.Module):
         return StackOutput(streams, cache, stats, routing)
 
     def with_separate_layers(self, layout: Layout) -> Transformer:
-        """The same, with every layer's parameters in arrays of their own.
+        """The same, with every layer's parameters in arrays of their own and in the dtypes of their use.
 
         A scan copies a layer's parameters out of the stack before it uses them. Beside the many tokens of a training
         step that is little; while decoding it is more than the layer itself.

@@ -248,6 +248,8 @@ class Scheduler:
 
         An estimate: it takes the shards' rows as one pool.
         """
+        if len(self._most_rows) == 1:
+            return next(iter(self._most_rows))
         prompts, shards = self._prompts_at_hand(), self.limits.num_shards
 
         def merits(length: int) -> tuple[int, int, int]:
