@@ -9,7 +9,8 @@ from pathlib import Path
 
 from foejax.data.errors import DataError
 from foejax.data.recipes import RECIPES
-from foejax.data.storage import atomic_folder, cache_folder
+from foejax.data.storage import atomic_folder
+from pallas_kernels.disk_cache import cache_folder
 
 DOCUMENTS_FILE = "documents.jsonl"
 MANIFEST_FILE = "manifest.json"

@@ -16,8 +16,8 @@ from foejax.data.errors import DataError
 from foejax.data.loader import TrainIterator, validation_batches
 from foejax.data.packing import Batch, PackedRows
 from foejax.data.split import Part, Split, choose_split, scan, split_documents
-from foejax.data.storage import cache_folder
 from foejax.data.tokenizer import Tokenizer, train_bpe, training_version
+from pallas_kernels.disk_cache import cache_folder
 
 
 class Dataset:

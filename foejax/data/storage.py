@@ -1,4 +1,4 @@
-"""The cache outside the repository, and writes that are whole or absent."""
+"""Writes to the cache that are whole or absent, and a bar that shows how far they are."""
 
 from __future__ import annotations
 
@@ -14,14 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from foejax.data.errors import DataError
-
-CACHE_VARIABLE = "FOEJAX_CACHE"
-
-
-def cache_folder(*parts: str) -> Path:
-    """A folder of the cache: `$FOEJAX_CACHE`, or `~/.cache/foejax`, and the given parts below it."""
-    root = os.environ.get(CACHE_VARIABLE)
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "foejax").joinpath(*parts)
+from pallas_kernels.disk_cache import CACHE_VARIABLE
 
 
 @contextmanager

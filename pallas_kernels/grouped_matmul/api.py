@@ -20,6 +20,7 @@ from pallas_kernels.varying import cast_to_varying, varying_axes
 Implementation = Literal[
     "mosaic_gpu",  # Hopper GPUs, bfloat16, features in multiples of 128
     "triton",  # other NVIDIA GPUs, through jax-triton (extra `triton`)
+    "cpu",  # bfloat16 and float32, where there is a C++ compiler
     "xla",  # a loop over the row tiles in use; runs on every device
     "reference",  # one gathered weight matrix per row, differentiated by JAX; the oracle of the tests
 ]
@@ -27,7 +28,11 @@ Implementation = Literal[
 `_with_own_gradient` says what the gradients are) and, where it cannot take everything, `refusal`."""
 
 
-_PREFERRED: dict[str, tuple[Implementation, ...]] = {"hopper": ("mosaic_gpu", "triton"), "cuda": ("triton",)}
+_PREFERRED: dict[str, tuple[Implementation, ...]] = {
+    "hopper": ("mosaic_gpu", "triton"),
+    "cuda": ("triton",),
+    "cpu": ("cpu",),
+}
 
 
 class GroupedMatmulError(ValueError):

@@ -52,7 +52,7 @@ def grouped_swiglu(
       rows: which token each row is. The Triton kernel then reads the tokens themselves; others copy them first. The
         backward pass gathers them again, so that tokens are saved for it and not rows.
       row_weights_R: [R], of any floating dtype, a factor of each row (the router's weight of that choice); None: one.
-      implementation: the backend; None picks one and logs it once. "mosaic_gpu" and "triton" are one kernel, "xla" is
+      implementation: the backend; None picks one and logs it once. "mosaic_gpu" and "triton" are one kernel, the others
         two grouped matmuls and a fused activation.
 
     Returns:
