@@ -23,6 +23,7 @@ from pallas_kernels.disk_cache import cache_folder
 
 logger = logging.getLogger("pallas_kernels")
 
+_HEADER = Path(__file__).with_name("host_kernel.h")
 _OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-Wno-psabi")
 _SECONDS = 300
 
@@ -52,7 +53,8 @@ def register(source: Path, name: str) -> str | None:
 
 def _compile(source: Path) -> Path:
     """The shared library of a source, from the cache or from the compiler."""
-    command = [*_find_compiler(), *_OPTIONS, *_machine_options(), "-isystem", jax.ffi.include_dir(), str(source)]
+    headers = ["-isystem", jax.ffi.include_dir(), "-I", str(_HEADER.parent)]
+    command = [*_find_compiler(), *_OPTIONS, *_machine_options(), *headers, str(source)]
     library = cache_folder("compiled") / f"{source.stem}-{_fingerprint(command, source)}.so"
     if library.exists():
         return library
@@ -85,7 +87,8 @@ def _machine_options() -> list[str]:
 def _fingerprint(command: list[str], source: Path) -> str:
     """Changes with the source, the command, the compiler, jaxlib and the processor's abilities."""
     compiler = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=_SECONDS)
-    parts = [*command[:-1], source.read_text(encoding="utf-8"), compiler.stdout, jax.lib.__version__, _processor()]
+    texts = [path.read_text(encoding="utf-8") for path in (source, _HEADER)]
+    parts = [*command[:-1], *texts, compiler.stdout, jax.lib.__version__, _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from foejax.serving import paged_cache
 from foejax.serving.paged_cache import PagedCache, Section
+from pallas_kernels.paged_attention import api, xla
 
 LAYERS, BLOCKS, SIZE, GROUPS, KV_HEADS, QUERIES, HEAD = 2, 20, 4, 2, 2, 4, 8
 DECODE, PREFILL = [(13, 1), (0, 1), None, (4, 1)], [(0, 6), (9, 3)]
 """(first position, tokens) of each row; None is padding."""
+
+
+TOLERANCES = {"float64": 1e-13, "float32": 1e-6, "bfloat16": 2e-2}
 
 
 def softmax_attention(q_TQK: np.ndarray, k_CK: np.ndarray, v_CK: np.ndarray, first: int) -> np.ndarray:
@@ -42,12 +45,20 @@ def make_sections(random: np.random.Generator) -> tuple[tuple[Section, ...], lis
     return tuple(sections), rows
 
 
-@pytest.mark.parametrize("turn", [SIZE, 3 * SIZE, 64])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-13), ("float32", 1e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "turn"),
+    [
+        *((dtype, tolerance, turn) for dtype, tolerance in TOLERANCES.items() for turn in (SIZE, 3 * SIZE, 64)),
+        *((dtype, TOLERANCES[dtype], None) for dtype in ("float32", "bfloat16")),
+    ],
+)
 def test_every_token_sees_its_sequence_up_to_itself(
-    dtype: str, tolerance: float, turn: int, monkeypatch: pytest.MonkeyPatch
+    dtype: str, tolerance: float, turn: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paged_cache, "tokens_per_turn", lambda: turn)
+    """With XLA's loop, so many tokens a turn, or with the kernel of the CPU."""
+    if turn is not None:
+        monkeypatch.setattr(api, "_PREFERRED", {})
+        monkeypatch.setattr(xla, "tokens_per_turn", lambda: turn)
     random = np.random.default_rng(0)
     sections, rows = make_sections(random)
     shape = (LAYERS * BLOCKS, GROUPS, KV_HEADS, SIZE, HEAD)

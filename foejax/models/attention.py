@@ -1,18 +1,18 @@
 """Attention of one group, over the local stack of groups.
 
 Shape letters: S groups on this device, N tokens, D width, Q query heads of a group, G key/value heads of a group,
-K head size.
+K head size, F features of all heads of a group.
 """
 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from foejax.config import ModelConfig
 from foejax.models.cache import AttentionCache
 from foejax.models.layers import apply_rotary, make_norm, make_param, rms_norm
+from pallas_kernels.stacked_matmul import stacked_matmul
 
 
 class GroupAttention(nnx.Module):
@@ -42,9 +42,14 @@ class GroupAttention(nnx.Module):
         k_NSGK = apply_rotary(rms_norm(k_NSGK, self.k_norm_SGK[...][None], self.eps, axis=(-2, -1)), angles)
         cache = cache.write(layer, k_NSGK, v_NSGK)
         out_NSQK = cache.attend(layer, q_NSQK, k_NSGK, v_NSGK)
-        return jnp.einsum("nsqk,sqkd->snd", out_NSQK, self.o_SQKD[...]), cache
+        o_SQKD = self.o_SQKD[...]
+        groups, queries, head, width = o_SQKD.shape
+        out_SNF = out_NSQK.swapaxes(0, 1).reshape(groups, -1, queries * head)
+        return stacked_matmul(out_SNF, o_SQKD.reshape(groups, -1, width)), cache
 
 
 def _project(x_SND: jax.Array, w_SDHK: jax.Array) -> jax.Array:
-    # XLA on CPU is up to 1.6 times slower where tokens do not come first after the batch dimension.
-    return jnp.einsum("snd,sdhk->snhk", x_SND, w_SDHK).swapaxes(0, 1)
+    """Heads of every token, [N, S, H, K]."""
+    groups, width, *heads = w_SDHK.shape
+    y_SNF = stacked_matmul(x_SND, w_SDHK.reshape(groups, width, -1))
+    return y_SNF.reshape(*y_SNF.shape[:2], *heads).swapaxes(0, 1)

@@ -21,6 +21,7 @@ from foejax.models.layers import high_precision, make_norm, make_param, rms_norm
 from foejax.models.params import enter_params_local, unstack
 from foejax.models.router import RouterStats, Routing, SelectFn
 from pallas_kernels.grouped_swiglu.api import PREACTIVATIONS
+from pallas_kernels.stacked_matmul import stacked_matmul
 from sharding import Layout
 
 Remat = Literal["none", "dots", "full"]
@@ -175,7 +176,7 @@ class Transformer(nnx.Module):
 
 def logits_of(hidden_MD: jax.Array, head_DV: jax.Array) -> jax.Array:
     """Logits in high precision."""
-    return jnp.matmul(hidden_MD, head_DV, preferred_element_type=high_precision(hidden_MD.dtype))
+    return stacked_matmul(hidden_MD[None], head_DV[None], dtype=high_precision(hidden_MD.dtype))[0]
 
 
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:

@@ -26,7 +26,8 @@ _SOURCE, _NAME = Path(__file__).with_name("cpu_kernel.cc"), "foejax_grouped_matm
 weight_gradient = xla.weight_gradient
 
 
-@functools.partial(jax.jit, static_argnames="transpose_rhs")  # eager `shard_map` would keep one device's result only
+# Under `jax.jit`, because an eager `shard_map` would keep the result of one device only.
+@functools.partial(jax.jit, static_argnames=("transpose_rhs", "dtype"))
 def matmul(
     x_RK: jax.Array,
     w_EKN: jax.Array,
@@ -34,11 +35,17 @@ def matmul(
     *,
     transpose_rhs: bool = False,
     scales_EN: jax.Array | None = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """y_RN = rows of `x_RK` times their expert's matrix; contract as in `api.grouped_matmul`, without a gradient."""
+    """y_RN = rows of `x_RK` times their expert's matrix; contract as in `api.grouped_matmul`, without a gradient.
+
+    `dtype` is that of the result: float32, or by default that of the rows.
+    """
+    dtype = jnp.dtype(dtype or x_RK.dtype)
     if transpose_rhs or x_RK.size == 0 or w_EKN.size == 0:
-        return xla.matmul(x_RK, w_EKN, group_sizes_E, transpose_rhs=transpose_rhs, scales_EN=scales_EN)
-    result = jax.ShapeDtypeStruct((x_RK.shape[0], w_EKN.shape[2]), x_RK.dtype)
+        y_RN = xla.matmul(x_RK, w_EKN, group_sizes_E, transpose_rhs=transpose_rhs, scales_EN=scales_EN)
+        return y_RN.astype(dtype)
+    result = jax.ShapeDtypeStruct((x_RK.shape[0], w_EKN.shape[2]), dtype)
     y_RN = jax.ffi.ffi_call(_NAME, result, vmap_method="sequential")(x_RK, w_EKN, group_sizes_E)
     # JAX types the result as equal on all devices, but it varies as the operands do.
     return cast_to_varying(y_RN, varying_axes(x_RK, w_EKN, group_sizes_E))

@@ -5,34 +5,27 @@
 // sums do not depend on which other rows there are.
 //
 // Words: the weights of an expert are [depth, columns]. A line is the 64 bytes of a cache line: 16 float32 or 32
-// bfloat16 columns. A panel is up to 32 lines side by side. A block is up to 32 rows of a panel.
+// bfloat16 columns. A panel is up to 32 lines side by side. A block is up to 128 rows of a panel.
 //
 // FOEJAX_PORTABLE leaves out what only the newest processors have, for tests.
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
+
+#include "host_kernel.h"
 
 #if defined(__AVX512BF16__) && !defined(FOEJAX_PORTABLE)
 #include <immintrin.h>
 #endif
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
-
 namespace {
 
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPanelLines = 32;
-constexpr int64_t kBlockDepth = 32;
+constexpr int64_t kBlockDepth = 128;
 constexpr int64_t kThreadWork = 1 << 20;  // multiply-adds for which another thread is worth waking
 constexpr int64_t kTaskRows = 64;  // of one task; their sums, 256 KiB at most, stay in the second-level cache
 #if defined(__AVX512F__) && !defined(FOEJAX_PORTABLE)
@@ -41,19 +34,8 @@ constexpr int kTileRows = 12;  // whose sums fit the vector registers
 constexpr int kTileRows = 3;
 #endif
 
-using Bfloat16 = uint16_t;  // its bits
-using Floats = float __attribute__((vector_size(kLineBytes)));
-using Bits = uint32_t __attribute__((vector_size(kLineBytes)));
-using HalfBits = uint16_t __attribute__((vector_size(kLineBytes / 2)));
-
-template <class Vector>
-inline Vector Load(const void* from) {
-  Vector vector;
-  std::memcpy(&vector, from, sizeof(vector));
-  return vector;
-}
-
-// The arithmetic of one line: `Weights` are the weights of `kDepth` rows of it, `Sums` are float32.
+// The arithmetic of one line: `Weights` are the weights of `kDepth` rows of it, `Sums` are float32, and `Order` puts
+// them into the order of the columns.
 
 template <class T>
 constexpr int64_t kLineColumns = kLineBytes / sizeof(T);
@@ -72,7 +54,7 @@ struct Line<float> {
   };
   static Weights Read(const float* w, int64_t /*stride*/) { return {Load<Floats>(w)}; }
   static void Add(const Weights& weights, const float* x, Sums& sums) { sums.values += weights.values * *x; }
-  static void Write(const float* sums, float* y, int64_t columns) { std::memcpy(y, sums, columns * sizeof(float)); }
+  static void Order(float* /*sums*/) {}
 };
 
 #if defined(__AVX512BF16__) && !defined(FOEJAX_PORTABLE)
@@ -97,11 +79,11 @@ struct Line<Bfloat16> {
     sums.low = _mm512_dpbf16_ps(sums.low, weights.low, pair);
     sums.high = _mm512_dpbf16_ps(sums.high, weights.high, pair);
   }
-  static void Write(const float* sums, Bfloat16* y, int64_t columns) {
-    const Sums line = Load<Sums>(sums);
-    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(line.high, line.low);
-    const __m512i in_order = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), rounded);
-    std::memcpy(y, &in_order, columns * sizeof(Bfloat16));
+  static void Order(float* sums) {  // of eight columns the low four, then the high four
+    const __m512d low = Load<__m512d>(sums), high = Load<__m512d>(sums + 16);
+    const __m512i left = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), right = left + 4;
+    const __m512d ordered[] = {_mm512_permutex2var_pd(low, left, high), _mm512_permutex2var_pd(low, right, high)};
+    std::memcpy(sums, ordered, sizeof(ordered));
   }
 };
 
@@ -116,16 +98,7 @@ struct Line<Bfloat16> {
   struct Sums {
     Floats left, right;
   };
-  static Floats Widen(const Bfloat16* w) {
-    return (Floats)(__builtin_convertvector(Load<HalfBits>(w), Bits) << 16);
-  }
-  static Weights Read(const Bfloat16* w, int64_t /*stride*/) { return {Widen(w), Widen(w + 16)}; }
-  // To the nearest, ties to even; a NaN stays one.
-  static HalfBits Round(Floats values) {
-    const Bits bits = (Bits)values;
-    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector(values == values ? rounded : (bits >> 16) | 0x40, HalfBits);
-  }
+  static Weights Read(const Bfloat16* w, int64_t /*stride*/) { return {Widen(w), Widen(w + kLanes)}; }
   static void Add(const Weights& weights, const Bfloat16* x, Sums& sums) {
     float value;
     const uint32_t bits = static_cast<uint32_t>(*x) << 16;
@@ -133,11 +106,7 @@ struct Line<Bfloat16> {
     sums.left += weights.left * value;
     sums.right += weights.right * value;
   }
-  static void Write(const float* sums, Bfloat16* y, int64_t columns) {
-    const Sums line = Load<Sums>(sums);
-    const HalfBits rounded[] = {Round(line.left), Round(line.right)};
-    std::memcpy(y, rounded, columns * sizeof(Bfloat16));
-  }
+  static void Order(float* /*sums*/) {}
 };
 
 #endif
@@ -221,7 +190,8 @@ class Panel {
  public:
   Panel(Block w, int64_t depth, int64_t columns) : w_(w), depth_(depth), columns_(columns) {}
 
-  void Multiply(Block x, int64_t rows, Matrix<T> y, Scratch<T>& scratch) const {
+  template <class Y>
+  void Multiply(Block x, int64_t rows, Matrix<Y> y, Scratch<T>& scratch) const {
     const int64_t whole_lines = columns_ / kColumns, lines = (columns_ + kColumns - 1) / kColumns;
     scratch.sums.assign(rows * lines * kColumns * sizeof(float) / sizeof(Floats), Floats{});
     const Matrix<float> sums = {reinterpret_cast<float*>(scratch.sums.data()), lines * kColumns};
@@ -230,8 +200,7 @@ class Panel {
       const Ahead<T> ahead({w_.at(k + kBlockDepth), w_.stride}, lines);
       const bool is_odd = depth % Line<T>::kDepth != 0;
       const int64_t direct = is_odd ? 0 : whole_lines;  // what is cut off is read from a padded copy
-      Block x_block = {x.at(0, k), x.stride};
-      if (is_odd) x_block = PadRows(x, rows, k, depth, scratch);
+      const Block x_block = PackRows(x, rows, k, depth, scratch);
       MultiplyRows<T>(rows, x_block, {w_.at(k), w_.stride}, depth, direct, ahead, sums);
       if (direct < lines) {
         const Block w_block = PadWeights(k, depth, direct * kColumns, scratch);
@@ -241,7 +210,10 @@ class Panel {
     }
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t column = 0; column < columns_; column += kColumns) {
-        Line<T>::Write(sums.at(row, column), y.at(row, column), std::min(kColumns, columns_ - column));
+        Line<T>::Order(sums.at(row, column));
+        for (int64_t n = column; n < std::min(columns_, column + kColumns); n += kLanes) {
+          Store(Load<Floats>(sums.at(row, n)), y.at(row, n), std::min(kLanes, columns_ - n));
+        }
       }
     }
   }
@@ -249,7 +221,7 @@ class Panel {
  private:
   static constexpr int64_t kColumns = kLineColumns<T>;
 
-  static Block PadRows(Block x, int64_t rows, int64_t k, int64_t depth, Scratch<T>& scratch) {
+  static Block PackRows(Block x, int64_t rows, int64_t k, int64_t depth, Scratch<T>& scratch) {
     scratch.rows.assign(rows * kBlockDepth, T{});
     for (int64_t row = 0; row < rows; ++row) std::copy_n(x.at(row, k), depth, &scratch.rows[row * kBlockDepth]);
     return {scratch.rows.data(), kBlockDepth};
@@ -268,45 +240,18 @@ class Panel {
   int64_t depth_, columns_;
 };
 
-// Runs work(0) to work(count - 1) on the caller's thread and on up to `helpers` of the pool's that are free. The caller
-// waits for work in progress only, never for a thread to become free, so a full pool cannot block it; a thread that
-// comes late finds nothing left and does not touch `work`.
-template <class Work>
-void RunAll(ffi::ThreadPool& pool, int64_t helpers, int64_t count, const Work& work) {
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable all_done;
-  };
-  auto state = std::make_shared<State>();
-  auto run = [state, count, &work] {
-    for (int64_t index; (index = state->next.fetch_add(1)) < count;) {
-      work(index);
-      if (state->done.fetch_add(1) + 1 == count) {
-        std::lock_guard<std::mutex> lock(state->mutex);
-        state->all_done.notify_all();
-      }
-    }
-  };
-  helpers = std::min({helpers, count - 1, pool.num_threads() - 1});
-  for (int64_t helper = 0; helper < helpers; ++helper) pool.Schedule(std::function<void()>(run));
-  run();
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->all_done.wait(lock, [&] { return state->done.load() >= count; });
-}
-
 struct Task {
   int64_t expert, row, rows, column, columns;
 };
 
-template <class T>
+template <class T, class Y>
 void Multiply(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer w, const int32_t* group_sizes,
               ffi::Result<ffi::AnyBuffer> y) {
   const int64_t num_rows = x.dimensions()[0], depth = x.dimensions()[1];
   const int64_t num_experts = w.dimensions()[0], columns = w.dimensions()[2];
   const T* x_data = reinterpret_cast<const T*>(x.untyped_data());
   const T* w_data = reinterpret_cast<const T*>(w.untyped_data());
-  T* y_data = reinterpret_cast<T*>(y->untyped_data());
+  Y* y_data = reinterpret_cast<Y*>(y->untyped_data());
   std::vector<Task> tasks;
   int64_t row = 0;
   for (int64_t expert = 0; expert < num_experts; ++expert) {
@@ -318,23 +263,26 @@ void Multiply(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer w, const i
       }
     }
   }
-  std::fill(y_data + row * columns, y_data + num_rows * columns, T{});
+  std::fill(y_data + row * columns, y_data + num_rows * columns, Y{});
   const int64_t helpers = row * depth * columns / kThreadWork;
   RunAll(pool, helpers, tasks.size(), [&](int64_t index) {
     static thread_local Scratch<T> scratch;
     const Task& task = tasks[index];
     const Panel<T> panel({w_data + task.expert * depth * columns + task.column, columns}, depth, task.columns);
-    panel.Multiply({x_data + task.row * depth, depth}, task.rows, {y_data + task.row * columns + task.column, columns},
-                   scratch);
+    const Matrix<Y> y_panel = {y_data + task.row * columns + task.column, columns};
+    panel.Multiply({x_data + task.row * depth, depth}, task.rows, y_panel, scratch);
   });
 }
 
 ffi::Error GroupedMatmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> group_sizes,
                          ffi::Result<ffi::AnyBuffer> y) {
-  if (x.element_type() == ffi::BF16) {
-    Multiply<Bfloat16>(pool, x, w, group_sizes.typed_data(), y);
-  } else if (x.element_type() == ffi::F32) {
-    Multiply<float>(pool, x, w, group_sizes.typed_data(), y);
+  const auto types = std::pair(x.element_type(), y->element_type());
+  if (types == std::pair(ffi::BF16, ffi::BF16)) {
+    Multiply<Bfloat16, Bfloat16>(pool, x, w, group_sizes.typed_data(), y);
+  } else if (types == std::pair(ffi::BF16, ffi::F32)) {
+    Multiply<Bfloat16, float>(pool, x, w, group_sizes.typed_data(), y);
+  } else if (types == std::pair(ffi::F32, ffi::F32)) {
+    Multiply<float, float>(pool, x, w, group_sizes.typed_data(), y);
   } else {
     return ffi::Error::InvalidArgument("the grouped matmul for the CPU takes bfloat16 and float32");
   }
