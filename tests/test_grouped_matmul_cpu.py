@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import bench_cpu_kernels
 from pallas_kernels import grouped_matmul, host_compiler
 from pallas_kernels.grouped_matmul import cpu
 
@@ -142,3 +144,29 @@ def test_without_a_compiler_xla_serves(monkeypatch: pytest.MonkeyPatch, caplog: 
     assert caplog.records[0].message.endswith(": xla; cpu has no kernel here (no C++ compiler)")
     with pytest.raises(ValueError, match=r"no kernel here \(no C\+\+ compiler\); these can: .*xla"):
         grouped_matmul(x_RK, w_EKN, jnp.asarray(sizes_E), implementation="cpu")
+
+
+def test_the_benchmark_compares_and_races(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--tokens",
+        "3",
+        "--experts",
+        "4",
+        "--width",
+        "64",
+        "--turns",
+        "1",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    assert bench_cpu_kernels.main(arguments) == 0
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [result["race"].split(",")[0] for result in results] == [
+        "grouped_matmul",
+        "stacked_matmul",
+        *["paged_attention"] * 3,
+    ]
+    assert all(result["xla_over_cpu"] > 0 for result in results)
+    assert capsys.readouterr().out.count("times as long") == 5
+    with pytest.raises(AssertionError, match="results differ"):
+        bench_cpu_kernels._compare("x", [[jnp.ones(3)], [jnp.ones(3) * 1.1]])

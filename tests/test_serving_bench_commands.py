@@ -261,7 +261,7 @@ HloModule jit_run
   %unnamed.1 = f32[2]{0} fusion(%q), kind=kLoop, calls=%fused_computation.1, metadata={stack_frame_id=3}
   %weights.1 = f32[2]{0} fusion(%q), kind=kLoop
   %projected.1 = f32[2]{0} dot(%q, %weights.1)
-  %heads.1 = f32[2]{0} copy(%projected.1), metadata={op_name="jit(run)/while/body/attention/while/body/x"}
+  %heads.1 = f32[2]{0} copy(%projected.1), metadata={op_name="jit(run)/while/body/attention/paged_attention/x"}
   ROOT %copy.1 = f32[2]{0} copy(%heads.1), metadata={op_name="jit(run)/while/body/experts/combine/add"}
 }
 """
@@ -274,9 +274,9 @@ def test_operations_are_told_apart_by_their_scopes() -> None:
     assert found["copy.1"] == "routing, row plan, combine"
     for scope, part in (
         ("jit(run)/while/body/experts/grouped_swiglu/while/body/dot_general", "expert matmuls"),
-        ("jit(run)/while/body/attention/while/body/rsgqtk", "attention over blocks"),
+        ("jit(run)/while/body/attention/paged_attention/jit(attention)/ffi_call", "attention over blocks"),
         ("jit(run)/while/body/merge/add", "projections, rotary embedding, cache write, merge"),
-        ("jit(run)/while/body/dot_general", "head"),
+        ("jit(run)/while/body/head/jit(matmul)/ffi_call", "head"),
         ("jit(run)/sort", "sampling, embedding and the rest"),
     ):
         assert part_of_scope(scope) == part

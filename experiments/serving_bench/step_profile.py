@@ -265,15 +265,12 @@ def part_of_scope(scope: str) -> str:
     for marks, part in (
         (("grouped_swiglu", "grouped_matmul"), "expert matmuls"),
         (("experts",), "routing, row plan, combine"),
-        (("merge",), "projections, rotary embedding, cache write, merge"),
+        (("paged_attention",), "attention over blocks"),
+        (("attention", "merge"), "projections, rotary embedding, cache write, merge"),
+        (("head",), "head"),
     ):
         if any(f"/{mark}/" in f"{scope}/" for mark in marks):
             return part
-    before, attention, after = scope.partition("/attention/")
-    if attention:
-        return "attention over blocks" if "while" in after else "projections, rotary embedding, cache write, merge"
-    if scope.endswith("dot_general"):
-        return "head"
     return "sampling, embedding and the rest" if scope else ""
 
 

@@ -176,7 +176,8 @@ class Transformer(nnx.Module):
 
 def logits_of(hidden_MD: jax.Array, head_DV: jax.Array) -> jax.Array:
     """Logits in high precision."""
-    return stacked_matmul(hidden_MD[None], head_DV[None], dtype=high_precision(hidden_MD.dtype))[0]
+    with jax.named_scope("head"):
+        return stacked_matmul(hidden_MD[None], head_DV[None], dtype=high_precision(hidden_MD.dtype))[0]
 
 
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
