@@ -94,9 +94,7 @@ class Layout:
     @cached_property
     def rules(self) -> dict[str, str]:
         """Mesh axis of every logical axis that is split; the others are replicated."""
-        rules = {"group": GROUP, "vocab": GROUP}
-        if self.kind == "ep":
-            rules["experts"] = EXPERT
+        rules = {"group": GROUP, "vocab": GROUP, "experts": EXPERT}
         if self.shard_params:
             rules["embed"] = DATA
         return {logical: axis for logical, axis in rules.items() if self.mesh.shape[axis] > 1}
@@ -218,6 +216,10 @@ class Layout:
     def agree_local(self, x: jax.Array) -> jax.Array:
         """A value that all devices of the `group` axis hold alike, marked as such so that it can leave the program."""
         return lax.pmax(x, GROUP)
+
+    def max_over_expert_shards_local(self, x: jax.Array) -> jax.Array:
+        """Largest value on any of the devices that share the experts of a layer, the same on all of them."""
+        return lax.pmax(x, EXPERT)
 
     def max_over_all_local(self, x: jax.Array) -> jax.Array:
         """Largest value on any device, the same on all."""

@@ -53,17 +53,20 @@ def plan_mesh(
 ) -> MeshSizes:
     """Axis sizes for a layout; sizes given as 0 are derived from the device count.
 
-    foe gives `group` as many devices as divide both the groups and the devices and the surplus to `data`; fsdp gives
-    all to `data`; ep gives all it can to `expert` and the surplus to `data`.
+    foe gives `group` as many devices as divide both the groups and the devices and the surplus to `data`; `expert` is 1
+    unless given: that many devices then share each group. fsdp gives all to `data`; ep gives all it can to `expert` and
+    the surplus to `data`.
 
     Raises:
       ValueError: sizes that do not multiply to the device count or do not divide the model.
     """
     if kind == "foe":
-        expert = _fixed_at_one("expert", expert, kind)
-        group = group or _derive("group", num_devices, data, num_groups, "num_groups")
-        data = data or num_devices // group
+        expert = expert or 1
+        group = group or _derive("group", num_devices // expert, data, num_groups, "num_groups")
+        data = data or num_devices // (group * expert)
         _check_divides("group", group, "num_groups", num_groups)
+        if expert > 1:
+            _check_divides("expert", expert, "experts of a group (num_experts / num_groups)", num_experts // num_groups)
     elif kind == "ep":
         group = _fixed_at_one("group", group, kind)
         expert = expert or _derive("expert", num_devices, data, num_experts, "num_experts")

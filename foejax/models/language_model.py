@@ -289,7 +289,7 @@ def _check_layout(config: ModelConfig, layout: Layout) -> None:
     sizes = layout.sizes
     for axis, size, field, parts in (
         ("group", sizes.group, "num_groups", config.num_groups),
-        ("expert", sizes.expert, "num_experts", config.num_experts),
+        ("expert", sizes.expert, "num_experts / num_groups", config.num_experts // config.num_groups),
         ("group", sizes.group, "vocab_size", config.vocab_size),
     ):
         if parts % size:
