@@ -8,7 +8,6 @@ k = experts per token, n = devices on the mesh axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 Op = Literal[
@@ -182,40 +181,6 @@ def communication_table(
         "moe tp": moe_tp_forward(num_layers, everywhere, width, num_devices, itemsize=itemsize),
     }
     return [{"layout": layout, **row} for layout, rows in layouts.items() for row in rows]
-
-
-def compare_with_audit(
-    expected: Iterable[Mapping[str, Any]], audited: Iterable[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Set formula rows beside audited ones (`sharding.audit.summarize`): counts and wire bytes of one program run.
-
-    An audited row belongs to a formula row of the same op and axes when its payload is at least half of the expected
-    one, so that scalars and counts stay apart from tokens.
-
-    Returns:
-      One row for each expected row: what, op, axes, formula, expected_count, count, expected_wire_bytes and wire_bytes
-      (totals of all executions, per device).
-    """
-    audited = list(audited)
-    rows = []
-    for formula in expected:
-        matching = [
-            row
-            for row in audited
-            if row["op"] == formula["op"]
-            and list(row["axes"]) == list(formula["axes"])
-            and 2 * row["payload_bytes"] >= formula["payload_bytes"]
-        ]
-        rows.append(
-            {key: formula[key] for key in ("what", "op", "axes", "formula")}
-            | {
-                "expected_count": formula["count"],
-                "count": sum(row["count"] for row in matching),
-                "expected_wire_bytes": formula["total_wire_bytes"],
-                "wire_bytes": sum(row["count"] * row["wire_bytes"] for row in matching),
-            }
-        )
-    return rows
 
 
 def _row(

@@ -19,6 +19,9 @@ from sharding import Layout, MeshSizes, make_mesh, plan_mesh
         ("foe", 4, {"num_groups": 8}, (1, 4, 1)),
         ("foe", 8, {"num_groups": 8, "data": 4}, (4, 2, 1)),
         ("foe", 1, {"num_groups": 8}, (1, 1, 1)),
+        ("foe", 8, {"num_groups": 4, "num_experts": 32, "expert": 2}, (1, 4, 2)),
+        ("foe", 8, {"num_groups": 2, "num_experts": 32, "expert": 2}, (2, 2, 2)),
+        ("foe", 4, {"num_groups": 8, "num_experts": 32, "expert": 2, "data": 2}, (2, 1, 2)),
         ("fsdp", 8, {}, (8, 1, 1)),
         ("ep", 8, {"num_experts": 32}, (1, 1, 8)),
         ("ep", 8, {"num_experts": 4}, (2, 1, 4)),
@@ -35,6 +38,13 @@ def test_sizes_are_derived(kind: str, devices: int, given: dict[str, int], expec
         ("foe", 6, {"num_groups": 4}, ["num_groups=4", "6 devices", "mesh.group"]),
         ("foe", 8, {"num_groups": 4, "group": 8}, ["mesh.group=8", "num_groups=4"]),
         ("foe", 8, {"num_groups": 8, "group": 4, "data": 4}, ["16 devices", "8 are to be used"]),
+        ("foe", 8, {"num_groups": 4, "num_experts": 36, "expert": 3}, ["is 6 devices", "8 are to be used"]),
+        (
+            "foe",
+            8,
+            {"num_groups": 2, "num_experts": 6, "expert": 2},
+            ["mesh.expert=2", "num_experts / num_groups", "=3"],
+        ),
         ("fsdp", 8, {"group": 2}, ["mesh.group=2", "fsdp"]),
         ("ep", 8, {"num_experts": 32, "group": 2}, ["mesh.group=2", "ep"]),
         ("ep", 8, {"num_experts": 6, "expert": 4}, ["mesh.expert=4", "num_experts=6"]),
@@ -67,6 +77,8 @@ def test_specs_follow_the_layout() -> None:
     assert ep.spec(("group", "experts", "embed", None)) == PartitionSpec(None, "expert", None, None)
     with pytest.raises(ValueError, match="map twice"):
         foe.spec(("group", "vocab"))
+    wide = Layout.create("foe", num_groups=4, num_experts=32, num_devices=8, expert=2)
+    assert wide.spec(("group", "experts", "embed", None)) == PartitionSpec("group", "expert", None, None)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +86,11 @@ def test_specs_follow_the_layout() -> None:
     [
         ({"vocab_size": 60}, {"kind": "foe", "num_groups": 8, "num_devices": 8}, ["vocab_size=60", "mesh.group=8"]),
         ({"hidden_size": 36}, {"kind": "foe", "num_groups": 1, "num_devices": 8}, ["hidden_size=36", "mesh.data=8"]),
+        (
+            {"num_experts": 8},
+            {"kind": "foe", "num_groups": 8, "group": 4, "expert": 2},
+            ["num_groups=1", "mesh.expert=2"],
+        ),
     ],
 )
 def test_models_that_do_not_fit_a_layout_are_refused(changes: dict, layout: dict, words: list[str]) -> None:

@@ -5,8 +5,8 @@ copy serves all groups of the device, which share the token. That device returns
 token there, the weighted sum of their outputs, since groups do not share what their experts say. So a layer moves two
 token-sized all-to-alls, whose volume grows with the number of distinct devices per token (and group) and not with k.
 
-Nothing is ever dropped: buffers are sized by what any device sends to any other in this step, rounded up to one of a few
-static sizes. Only the devices that exchange tokens agree on the size; others may take another one in the same layer.
+Nothing is ever dropped: buffers are sized by what any device sends to any other in this step, rounded up to one of a
+few static sizes. Only devices that exchange tokens agree on the size; others may take another one in the same layer.
 
 Shape letters: S groups on this device, N tokens on this device, D width, E experts of a group, k choices per token and
 group, P devices that share experts, C slots per pair of devices for tokens, Q slots per pair for outputs, R = P * C.
