@@ -145,8 +145,7 @@ def test_expert_parallel_forward_has_two_token_sized_exchanges_a_layer() -> None
 
 
 def test_a_group_on_two_devices_exchanges_tokens_between_them_alone() -> None:
-    layout = Layout.create("foe", num_groups=4, num_experts=32, num_devices=8, expert=2)
-    found = collectives(layout, 4, "train")
+    found = collectives(Layout.create("foe", num_groups=8, num_experts=32, group=4, expert=2), 8, "train")
     exchanges = [c for c in found if c.op == "all-to-all"]
     assert exchanges and {c.axes for c in exchanges} == {("expert",)}
     assert {c.axes for c in found if c.branches} == {("expert",)}, "where devices may differ only those of a group meet"
