@@ -63,11 +63,27 @@ def buffer_sizes(num_tokens: int, k: int, num_experts: int, num_shards: int, gro
     return (*sizes, BufferSize(num_tokens, num_tokens * groups))
 
 
-def exchange_and_run(experts: Experts, h_ND: jax.Array, routing: Routing, layout: Layout) -> jax.Array:
-    """Outputs [S, N, D] of a layer whose experts are spread over `layout.num_expert_shards` devices.
+def run_experts(experts: Experts, h_ND: jax.Array, routing: Routing, layout: Layout) -> jax.Array:
+    """Outputs [S, N, D] of a layer's experts, wherever they are; `routing` holds indices over all of each group's."""
+    if layout.num_expert_shards == 1:
+        return experts(h_ND, routing.indices_SNk, routing.weights_SNk, routing.valid_SNk)
+    run = exchange_and_run if layout.exchanges_tokens else _run_and_join
+    return run(experts, h_ND, routing, layout)
 
-    `routing` holds indices over all experts of each group, those on other devices included.
-    """
+
+def _run_and_join(experts: Experts, h_ND: jax.Array, routing: Routing, layout: Layout) -> jax.Array:
+    """Every device runs its own experts on tokens that all of them hold, and their outputs are summed."""
+    local_experts = experts.gate_SEDF[...].shape[1]
+    groups, num_tokens, k = routing.indices_SNk.shape
+    local_SNk = routing.indices_SNk - layout.expert_offset_local(local_experts)
+    here_SNk = routing.valid_SNk & (local_SNk >= 0) & (local_SNk < local_experts)
+    weights_SNk = jnp.where(here_SNk, routing.weights_SNk, 0.0)
+    max_rows = groups * num_tokens * min(k, local_experts)
+    return layout.join_experts_local(experts(h_ND, local_SNk, weights_SNk, here_SNk, max_rows=max_rows))
+
+
+def exchange_and_run(experts: Experts, h_ND: jax.Array, routing: Routing, layout: Layout) -> jax.Array:
+    """`run_experts` where tokens travel between `layout.num_expert_shards` devices."""
     shards = layout.num_expert_shards
     local_experts = experts.gate_SEDF[...].shape[1]
     groups, num_tokens, k = routing.indices_SNk.shape
