@@ -39,6 +39,10 @@ class Sizes(NamedTuple):
         """The dtype of norms and router."""
         return "f64" if self.dtype == "f64" else "f32"
 
+    def slice_of(self, devices: int) -> Sizes:
+        """The sizes of a device that carries its slice of the tokens, padding included."""
+        return self._replace(tokens=-(-self.tokens // devices))
+
 
 def foe_rows(sizes: Sizes, devices: int, *, last: Literal["reduce-scatter", "all-reduce"], last_tokens: int) -> Rows:
     """One merge a layer over the `group` axis, and one more of the `last_tokens` whose logits are wanted."""
@@ -47,6 +51,36 @@ def foe_rows(sizes: Sizes, devices: int, *, last: Literal["reduce-scatter", "all
         _row("merge of the groups", "all-reduce", "group", devices, sizes.layers, "N D", whole, sizes.dtype),
         _row("last merge", last, "group", devices, 1, "N D", few, sizes.dtype),
     ]
+
+
+def tp_rows(sizes: Sizes, devices: int) -> Rows:
+    """Heads and experts over `group`, all tokens on every device: two sums a layer, and one of what QK-norm squares."""
+    whole, layers = sizes.tokens * sizes.width, sizes.layers
+    return [
+        _row("sum after attention", "all-reduce", "group", devices, layers, "N D", whole, sizes.dtype),
+        _row("sum after the experts", "all-reduce", "group", devices, layers, "N D", whole, sizes.dtype),
+        _head_squares(sizes, devices),
+    ]
+
+
+def tp_ep_rows(sizes: Sizes, devices: int, *, last_tokens: int = 0) -> Rows:
+    """The same heads with each device's slice of the tokens outside attention; the exchange is `exchange_rows`.
+
+    Tokens are padded until they split into slices. The `last_tokens` whose logits all devices compute meet at the end.
+    """
+    layers, slice_elements = sizes.layers, sizes.slice_of(devices).tokens * sizes.width
+    whole, last = devices * slice_elements, last_tokens * sizes.width
+    rows = [
+        _row("sum after attention", "reduce-scatter", "group", devices, layers, "N D", whole, sizes.dtype),
+        _row("tokens to attention", "all-gather", "group", devices, layers, "N D / n", slice_elements, sizes.dtype),
+        _head_squares(sizes, devices),
+    ]
+    return rows + ([_row("last tokens", "all-reduce", "group", devices, 1, "N D", last, sizes.dtype)] if last else [])
+
+
+def _head_squares(sizes: Sizes, devices: int) -> dict[str, Any]:
+    what = "squares of queries and keys"
+    return _row(what, "all-reduce", "group", devices, sizes.layers, "2 N", 2 * sizes.tokens, sizes.wide)
 
 
 def vocab_row(sizes: Sizes, devices: int, vocab_size: int) -> Rows:

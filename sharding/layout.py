@@ -288,6 +288,11 @@ class Layout:
         return self.mesh.shape[self.expert_axis]
 
     @property
+    def num_token_shards_of_experts(self) -> int:
+        """Parts of the batch whose tokens meet in the same copy of the experts."""
+        return self.mesh.shape[EXPERT]
+
+    @property
     def exchanges_tokens(self) -> bool:
         """Whether the devices that share experts send each other tokens; otherwise they hold the same ones."""
         return self.num_expert_shards > 1 and self.kind != "tp"

@@ -24,6 +24,8 @@ LAYOUTS = {
     ),
     "moe on one device": (1, lambda: Layout.single_device("fsdp")),
     "moe ep": (1, lambda: Layout.create("ep", num_experts=32, num_devices=8)),
+    "moe tp": (1, lambda: Layout.create("tp", num_experts=32, num_kv_heads=8, data=2, group=4)),
+    "moe tp_ep": (1, lambda: Layout.create("tp_ep", num_experts=32, num_kv_heads=8, data=2, group=4)),
     "moe fsdp": (1, lambda: Layout.create("fsdp", num_devices=8)),
 }
 

@@ -35,6 +35,8 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, int]]] = {
     "foe, groups of two devices": (4, "foe", {"group": 4, "expert": 2}),
     "foe, two groups on two devices": (8, "foe", {"group": 4, "expert": 2}),
     "ep": (1, "ep", {"expert": 4, "data": 2}),
+    "tp": (1, "tp", {"group": 4, "data": 2}),
+    "tp_ep": (1, "tp_ep", {"group": 8}),
 }
 
 
@@ -53,4 +55,5 @@ def test_programs_send_what_the_formulas_say(name: str) -> None:
 def check_axes(kind: str, mesh: dict[str, int], forward: list[dict[str, Any]]) -> None:
     """A group's tokens stay with its devices."""
     exchanges = [row for row in forward if row["op"] == "all-to-all"]
-    assert {tuple(row["axes"]) for row in exchanges} == ({("expert",)} if mesh.get("expert", 1) > 1 else set())
+    wanted = {("group",)} if kind == "tp_ep" else {("expert",)} if mesh.get("expert", 1) > 1 else set()
+    assert {tuple(row["axes"]) for row in exchanges} == wanted

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from foejax.config import ModelConfig
 from foejax.models.expert_parallel import buffer_sizes
 from sharding import Layout
 from sharding.formulas import expected_destinations
-from sharding.forward_pass import Rows, Sizes, exchange_rows, foe_rows, vocab_row
+from sharding.forward_pass import Rows, Sizes, exchange_rows, foe_rows, tp_ep_rows, tp_rows, vocab_row
 
 _HLO_DTYPES = {"bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
@@ -21,16 +23,22 @@ def expected_collectives(
       logits_rows: tokens whose logits are computed, each device of a `group` axis its part of the vocabulary
         (decoding); None is all tokens, each device its slice of them (`LanguageModel.logits`).
     """
-    sizes, devices = layout.sizes, layout.sizes.group
+    devices = layout.sizes.group
     of_pass = Sizes(model.num_layers, num_tokens, model.hidden_size, _HLO_DTYPES[model.dtype])
     rows: Rows = []
-    if devices > 1:
-        sliced = logits_rows is None
-        last_tokens = num_tokens if logits_rows is None else logits_rows
-        rows += foe_rows(of_pass, devices, last="reduce-scatter" if sliced else "all-reduce", last_tokens=last_tokens)
-        rows += vocab_row(of_pass, devices, model.vocab_size) if sliced else []
-    if sizes.expert > 1:
-        rows += _exchanges(model, of_pass, sizes.expert, model.num_groups // devices, "expert")
+    if devices > 1 and layout.kind == "tp":
+        rows += tp_rows(of_pass, devices)
+    elif devices > 1 and layout.kind == "tp_ep":
+        rows += tp_ep_rows(of_pass, devices, last_tokens=logits_rows or 0)
+    elif devices > 1:
+        last: Literal["all-reduce", "reduce-scatter"] = "reduce-scatter" if logits_rows is None else "all-reduce"
+        rows += foe_rows(of_pass, devices, last=last, last_tokens=logits_rows or num_tokens)
+    if devices > 1 and logits_rows is None:
+        rows += vocab_row(of_pass, devices, model.vocab_size)
+    if layout.exchanges_tokens:
+        carried = of_pass.slice_of(devices) if layout.slices_tokens else of_pass
+        groups = 1 if layout.splits_heads else model.num_groups // devices
+        rows += _exchanges(model, carried, layout.num_expert_shards, groups, layout.expert_axis)
     return rows
 
 
