@@ -12,8 +12,8 @@ from flax import nnx
 from tiny import packed_batch, plain_batch, relative_error, tiny_config, tiny_model
 
 from foejax.models import LanguageModel
-from sharding import Layout
-from sharding.audit import Collective, audit, is_token_sized
+from sharding import Layout, LayoutKind
+from sharding.audit import Collective, audit, is_token_sized, summarize
 from sharding.races import find_races
 
 
@@ -132,6 +132,13 @@ def test_remat_repeats_no_merge(remat: str) -> None:
         )
         counts.append(sorted((c.op, c.count) for c in found))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("kind", ["tp_ep", pytest.param("tp", marks=pytest.mark.slow)])
+def test_remat_repeats_no_collective_where_heads_are_split(kind: LayoutKind) -> None:
+    layout = Layout.create(kind, num_experts=32, num_kv_heads=8, num_devices=8)
+    whole, recomputed = (summarize(collectives(layout, 1, "train", remat)) for remat in ("none", "full"))
+    assert [(row["op"], row["count"]) for row in whole] == [(row["op"], row["count"]) for row in recomputed]
 
 
 def test_expert_parallel_forward_has_two_token_sized_exchanges_a_layer() -> None:
