@@ -199,12 +199,10 @@ class Layout:
 
     def own_tokens_local(self, x_N: jax.Array) -> jax.Array:
         """Of tokens that all devices of the `group` axis hold, those that this device carries through the layers."""
-        return self._slice_local(self._pad_to_slices(x_N, 0), 0) if self.slices_tokens else x_N
+        return self._slice_local(self._pad_to_slices(x_N), 0) if self.slices_tokens else x_N
 
     def whole_tokens_local(self, x_SND: jax.Array, num_tokens: int) -> jax.Array:
-        """All tokens, of those that the devices of the `group` axis carry: [S, num_tokens, D]."""
-        if not self.slices_tokens:
-            return x_SND
+        """All tokens [S, num_tokens, D], out of the slices that the devices of the `group` axis carry."""
         return lax.all_gather(x_SND, GROUP, axis=1, tiled=True)[:, :num_tokens]
 
     def merge_local(self, own_SND: jax.Array, branch_SND: jax.Array) -> jax.Array:
@@ -220,8 +218,7 @@ class Layout:
         own_ND, branch_ND = own_SND.sum(axis=0), branch_SND.sum(axis=0)
         if not self.slices_tokens:
             return own_ND + self.vary_local(lax.psum(branch_ND, GROUP))
-        padded_ND = self._pad_to_slices(branch_ND, 0)
-        return own_ND + lax.psum_scatter(padded_ND, GROUP, scatter_dimension=0, tiled=True)
+        return own_ND + lax.psum_scatter(self._pad_to_slices(branch_ND), GROUP, scatter_dimension=0, tiled=True)
 
     def last_merge_local(self, out_SND: jax.Array) -> jax.Array:
         """Sum over all groups of what the last layer's experts added, [N, D]."""
@@ -252,9 +249,7 @@ class Layout:
         return self._slice_local(x_LSN, 2) if self.splits_heads and not self.slices_tokens else x_LSN
 
     def pick_rows_local(self, x_ND: jax.Array, rows_M: jax.Array) -> jax.Array:
-        """Tokens [M, D] of those carried here, the same on every device of the `group` axis where they are sliced."""
-        if not self.slices_tokens:
-            return x_ND[rows_M]
+        """Tokens [M, D] by their number among all, out of the slices that the devices of the `group` axis carry."""
         place_M = rows_M - lax.axis_index(GROUP) * x_ND.shape[0]
         place_M = jnp.where(place_M < 0, x_ND.shape[0], place_M)
         picked_MD = jnp.take(x_ND, place_M, axis=0, mode="fill", fill_value=0)
@@ -267,10 +262,10 @@ class Layout:
         size = x.shape[dim] // count
         return lax.dynamic_slice_in_dim(x, lax.axis_index(GROUP) * size, size, axis=dim)
 
-    def _pad_to_slices(self, x: jax.Array, dim: int) -> jax.Array:
-        """Zeros appended until `x` splits evenly into slices."""
-        pad = -x.shape[dim] % self.mesh.shape[GROUP]
-        return jnp.pad(x, [(0, pad if axis == dim else 0) for axis in range(x.ndim)]) if pad else x
+    def _pad_to_slices(self, x_N: jax.Array) -> jax.Array:
+        """Zeros appended until the tokens split evenly."""
+        pad = -x_N.shape[0] % self.mesh.shape[GROUP]
+        return jnp.pad(x_N, [(0, pad), *[(0, 0)] * (x_N.ndim - 1)]) if pad else x_N
 
     @property
     def slice_axes(self) -> tuple[str, ...]:
