@@ -260,6 +260,7 @@ def test_per_device_terms_of_the_paper_setting() -> None:
     last_merge = 7 / 8 * 8 * token_bytes
     assert sent["foe"] - last_merge == sent["moe ep"] == 16 * 2 * 8 * 7 / 8 * token_bytes
     assert sent["moe tp"] == 2 * sent["moe ep"]
+    assert sent["moe tp_ep"] == pytest.approx(sent["moe tp"] / 2 + sent["moe ep, de-duplicated"])
     assert sent["moe ep, de-duplicated"] / sent["moe ep"] == pytest.approx(5.44 / 8, abs=1e-3)
 
     fewer = formulas.communication_table(**setting, num_groups=2, experts_per_token=8)

@@ -30,7 +30,7 @@ LAYOUTS = {
 }
 
 
-SLOW = {"foe, two data shards", "moe fsdp"}
+SLOW = {"foe, two data shards", "moe tp", "moe fsdp"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS])

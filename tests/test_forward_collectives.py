@@ -40,7 +40,10 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+SLOW = {"foe, two groups a device", "foe, groups of two devices"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS])
 def test_programs_send_what_the_formulas_say(name: str) -> None:
     groups, kind, mesh = LAYOUTS[name]
     config = run_config(groups, kind, **mesh)
