@@ -106,17 +106,18 @@ class ModelConfig(_Section):
 class MeshConfig(_Section):
     """How devices are arranged. A size of 0 is derived from the others and the device count."""
 
-    layout: Literal["auto", "foe", "fsdp", "ep"] = "auto"
-    """foe: groups over the mesh; fsdp: data parallel with sharded parameters; ep: experts over the mesh,
+    layout: Literal["auto", "foe", "fsdp", "ep", "tp", "tp_ep"] = "auto"
+    """foe: groups over the mesh; fsdp: data parallel with sharded parameters; ep: experts over the mesh, tokens by
+    all-to-all; tp: heads and experts over the mesh, two all-reduces a layer; tp_ep: heads and experts over the mesh,
     tokens by all-to-all; auto: foe for num_groups > 1, else fsdp"""
     devices: NonNegative = 0
     """devices to use; 0 takes all there are"""
     data: NonNegative = 0
     """size of the `data` axis: batch and parameter shards"""
     group: NonNegative = 0
-    """size of the `group` axis: FoE groups"""
+    """size of the `group` axis: FoE groups; heads and experts of the tp and tp_ep layouts"""
     expert: NonNegative = 0
-    """size of the `expert` axis: experts and tokens of the ep layout"""
+    """size of the `expert` axis: experts and tokens of the ep layout, or of each group of the foe layout"""
 
 
 class DataConfig(_Section):
@@ -232,7 +233,7 @@ class RunConfig(_Section):
             "training.gradient_accumulation",
             self.training.gradient_accumulation,
         )
-        if self.mesh.layout in ("fsdp", "ep") and self.model.num_groups > 1:
+        if self.mesh.layout in ("fsdp", "ep", "tp", "tp_ep") and self.model.num_groups > 1:
             raise ValueError(
                 f"mesh.layout={self.mesh.layout} does not fit model.num_groups={self.model.num_groups}: "
                 "use mesh.layout=foe (or auto), or model.num_groups=1"

@@ -8,7 +8,6 @@ k = experts per token, n = devices on the mesh axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 Op = Literal[
@@ -122,13 +121,50 @@ def moe_ep_forward(
 
 
 def moe_tp_forward(
-    num_layers: int, num_tokens: int, width: int, axis_size: int, *, axis: str = "expert", itemsize: int = 2
+    num_layers: int, num_tokens: int, width: int, axis_size: int, *, axis: str = "group", itemsize: int = 2
 ) -> list[dict[str, Any]]:
     """Token-sized collectives of one tensor-parallel MoE forward pass: one all-reduce after attention, one after the
     experts, in every layer; each device processes the same `num_tokens`."""
     elements = num_tokens * width
     what = "sum after attention and after the experts"
     return [_row(what, "all-reduce", axis, 2 * num_layers, "N D", elements, axis_size, itemsize)]
+
+
+def moe_tp_ep_forward(
+    num_layers: int,
+    num_tokens: int,
+    width: int,
+    axis_size: int,
+    *,
+    num_experts: int,
+    experts_per_token: int,
+    axis: str = "group",
+    itemsize: int = 2,
+) -> list[dict[str, Any]]:
+    """Token-sized collectives of one MoE forward pass with heads over the axis and tokens sliced outside attention.
+
+    Args:
+      num_tokens: tokens N that each device attends to; it carries N / n of them through router and experts, which
+        exchange them as in `moe_ep_forward`, one copy per device.
+    """
+    elements = num_tokens * width
+    around = [
+        _row("sum after attention", "reduce-scatter", axis, num_layers, "N D", elements, axis_size, itemsize),
+        _row(
+            "tokens to attention", "all-gather", axis, num_layers, "N D / n", elements / axis_size, axis_size, itemsize
+        ),
+    ]
+    return around + moe_ep_forward(
+        num_layers,
+        num_tokens // axis_size,
+        width,
+        axis_size,
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
+        deduplicate=True,
+        axis=axis,
+        itemsize=itemsize,
+    )
 
 
 def communication_table(
@@ -180,42 +216,17 @@ def communication_table(
         "moe ep": expert_parallel(deduplicate=False),
         "moe ep, de-duplicated": expert_parallel(deduplicate=True),
         "moe tp": moe_tp_forward(num_layers, everywhere, width, num_devices, itemsize=itemsize),
+        "moe tp_ep": moe_tp_ep_forward(
+            num_layers,
+            everywhere,
+            width,
+            num_devices,
+            num_experts=num_experts,
+            experts_per_token=experts_per_token,
+            itemsize=itemsize,
+        ),
     }
     return [{"layout": layout, **row} for layout, rows in layouts.items() for row in rows]
-
-
-def compare_with_audit(
-    expected: Iterable[Mapping[str, Any]], audited: Iterable[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Set formula rows beside audited ones (`sharding.audit.summarize`): counts and wire bytes of one program run.
-
-    An audited row belongs to a formula row of the same op and axes when its payload is at least half of the expected
-    one, so that scalars and counts stay apart from tokens.
-
-    Returns:
-      One row for each expected row: what, op, axes, formula, expected_count, count, expected_wire_bytes and wire_bytes
-      (totals of all executions, per device).
-    """
-    audited = list(audited)
-    rows = []
-    for formula in expected:
-        matching = [
-            row
-            for row in audited
-            if row["op"] == formula["op"]
-            and list(row["axes"]) == list(formula["axes"])
-            and 2 * row["payload_bytes"] >= formula["payload_bytes"]
-        ]
-        rows.append(
-            {key: formula[key] for key in ("what", "op", "axes", "formula")}
-            | {
-                "expected_count": formula["count"],
-                "count": sum(row["count"] for row in matching),
-                "expected_wire_bytes": formula["total_wire_bytes"],
-                "wire_bytes": sum(row["count"] * row["wire_bytes"] for row in matching),
-            }
-        )
-    return rows
 
 
 def _row(

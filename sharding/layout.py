@@ -31,7 +31,9 @@ class Layout:
 
     Attributes:
       mesh: axes `data`, `group`, `expert`.
-      kind: foe (groups over `group`), fsdp (data parallel) or ep (experts over `expert`).
+      kind: foe (groups over `group`, each over `expert`), fsdp (data parallel), ep (experts over `expert`), tp (heads
+        and experts over `group`, every device all tokens) or tp_ep (the same, and outside attention each device its
+        slice of the tokens).
       shard_params: parameters are also split over `data` and gathered layer by layer (training); otherwise they are
         replicated over `data` (decoding).
     """
@@ -47,6 +49,7 @@ class Layout:
         *,
         num_groups: int = 1,
         num_experts: int = 1,
+        num_kv_heads: int = 1,
         num_devices: int = 0,
         data: int = 0,
         group: int = 0,
@@ -59,10 +62,17 @@ class Layout:
         """
         if not num_devices:
             given = max(data, 1) * max(group, 1) * max(expert, 1)
-            needed = {"foe": data and group, "ep": data and expert, "fsdp": data}[kind]
+            needed = {"ep": data and expert, "fsdp": data}.get(kind, data and group)
             num_devices = given if needed else len(jax.devices())
         sizes = plan_mesh(
-            kind, num_devices, num_groups=num_groups, num_experts=num_experts, data=data, group=group, expert=expert
+            kind,
+            num_devices,
+            num_groups=num_groups,
+            num_experts=num_experts,
+            num_kv_heads=num_kv_heads,
+            data=data,
+            group=group,
+            expert=expert,
         )
         return cls(make_mesh(sizes), kind, shard_params)
 
@@ -75,6 +85,21 @@ class Layout:
     def sizes(self) -> MeshSizes:
         """Devices along each axis."""
         return MeshSizes(*(self.mesh.shape[axis] for axis in AXES))
+
+    @property
+    def splits_heads(self) -> bool:
+        """Whether the heads of one group, and not whole groups, are split over `group`."""
+        return self.kind in ("tp", "tp_ep")
+
+    @property
+    def slices_tokens(self) -> bool:
+        """Whether a device carries its slice of the tokens through the layers, and all of them in attention alone."""
+        return self.kind == "tp_ep" and self.mesh.shape[GROUP] > 1
+
+    @property
+    def expert_axis(self) -> str:
+        """Mesh axis of the devices that share the experts of a layer."""
+        return GROUP if self.splits_heads else EXPERT
 
     @property
     def token_axes(self) -> tuple[str, ...]:
@@ -94,9 +119,7 @@ class Layout:
     @cached_property
     def rules(self) -> dict[str, str]:
         """Mesh axis of every logical axis that is split; the others are replicated."""
-        rules = {"group": GROUP, "vocab": GROUP}
-        if self.kind == "ep":
-            rules["experts"] = EXPERT
+        rules = {"heads" if self.splits_heads else "group": GROUP, "vocab": GROUP, "experts": self.expert_axis}
         if self.shard_params:
             rules["embed"] = DATA
         return {logical: axis for logical, axis in rules.items() if self.mesh.shape[axis] > 1}
@@ -124,7 +147,19 @@ class Layout:
 
     def group_spec(self, leading: int) -> PartitionSpec:
         """Partition of an array whose dimension number `leading` runs over the groups."""
-        return PartitionSpec(*(None,) * leading, GROUP)
+        return PartitionSpec(*(None,) * leading, self.head_axes[0])
+
+    @property
+    def head_axes(self) -> tuple[str | None, str | None]:
+        """Mesh axes of two dimensions that run over the groups and over the key/value heads of a group."""
+        return (None, GROUP) if self.splits_heads else (GROUP, None)
+
+    @property
+    def routing_spec(self) -> PartitionSpec:
+        """Partition of routing [L, H, N] that `routing_slice_local` has cut."""
+        if self.splits_heads:
+            return PartitionSpec(None, None, (*self.token_axes, *self.slice_axes))
+        return PartitionSpec(None, GROUP, self.token_axes)
 
     @property
     def logits_spec(self) -> PartitionSpec:
@@ -160,29 +195,77 @@ class Layout:
 
     def group_slice_local(self, x: jax.Array, dim: int) -> jax.Array:
         """The part of `x` along `dim` (all groups, or all experts in group order) that this device's groups own."""
+        return x if self.splits_heads else self._slice_local(x, dim)
+
+    def own_tokens_local(self, x_N: jax.Array) -> jax.Array:
+        """Of tokens that all devices of the `group` axis hold, those that this device carries through the layers."""
+        return self._slice_local(self._pad_to_slices(x_N), 0) if self.slices_tokens else x_N
+
+    def whole_tokens_local(self, x_SND: jax.Array, num_tokens: int) -> jax.Array:
+        """All tokens [S, num_tokens, D], out of the slices that the devices of the `group` axis carry."""
+        return lax.all_gather(x_SND, GROUP, axis=1, tiled=True)[:, :num_tokens]
+
+    def merge_local(self, own_SND: jax.Array, branch_SND: jax.Array) -> jax.Array:
+        """Sum over all groups of what their experts added and what attention adds, of the tokens carried here: [N, D].
+
+        Groups over the mesh meet here and nowhere else. Where one group's heads are split, its experts' outputs are
+        whole already and the branch alone is summed; `own_SND` then holds the tokens carried here.
+        """
+        if self.mesh.shape[GROUP] == 1:
+            return (own_SND + branch_SND).sum(axis=0)
+        if not self.splits_heads:
+            return self.vary_local(lax.psum((own_SND + branch_SND).sum(axis=0), GROUP))
+        own_ND, branch_ND = own_SND.sum(axis=0), branch_SND.sum(axis=0)
+        if not self.slices_tokens:
+            return own_ND + self.vary_local(lax.psum(branch_ND, GROUP))
+        return own_ND + lax.psum_scatter(self._pad_to_slices(branch_ND), GROUP, scatter_dimension=0, tiled=True)
+
+    def last_merge_local(self, out_SND: jax.Array) -> jax.Array:
+        """Sum over all groups of what the last layer's experts added, [N, D]."""
+        total_ND = out_SND.sum(axis=0)
+        if self.mesh.shape[GROUP] == 1 or self.splits_heads:
+            return total_ND
+        return self.vary_local(lax.psum(total_ND, GROUP))
+
+    def last_merge_slice_local(self, out_SND: jax.Array) -> jax.Array:
+        """The same, of which this device gets its slice of the tokens: [N / devices in `group`, D]."""
+        total_ND = out_SND.sum(axis=0)
+        if self.mesh.shape[GROUP] == 1 or self.slices_tokens:
+            return total_ND
+        if self.splits_heads:
+            return self._slice_local(total_ND, 0)
+        return lax.psum_scatter(total_ND, GROUP, scatter_dimension=0, tiled=True)
+
+    def token_slice_local(self, x_N: jax.Array) -> jax.Array:
+        """This device's slice of tokens that all devices of the `group` axis hold."""
+        return self._slice_local(x_N, 0)
+
+    def residual_slice_local(self, residual_ND: jax.Array) -> jax.Array:
+        """This device's slice of the residual that it carries."""
+        return residual_ND if self.slices_tokens else self._slice_local(residual_ND, 0)
+
+    def routing_slice_local(self, x_LSN: jax.Array) -> jax.Array:
+        """Routing as `routing_spec` splits it: where devices hold the same of it, this device's slice."""
+        return self._slice_local(x_LSN, 2) if self.splits_heads and not self.slices_tokens else x_LSN
+
+    def pick_rows_local(self, x_ND: jax.Array, rows_M: jax.Array) -> jax.Array:
+        """Tokens [M, D] by their number among all, out of the slices that the devices of the `group` axis carry."""
+        place_M = rows_M - lax.axis_index(GROUP) * x_ND.shape[0]
+        place_M = jnp.where(place_M < 0, x_ND.shape[0], place_M)
+        picked_MD = jnp.take(x_ND, place_M, axis=0, mode="fill", fill_value=0)
+        return self.vary_local(lax.psum(picked_MD, GROUP))
+
+    def _slice_local(self, x: jax.Array, dim: int) -> jax.Array:
         count = self.mesh.shape[GROUP]
         if count == 1:
             return x
         size = x.shape[dim] // count
         return lax.dynamic_slice_in_dim(x, lax.axis_index(GROUP) * size, size, axis=dim)
 
-    def merge_local(self, delta_SND: jax.Array) -> jax.Array:
-        """Sum over all groups, [N, D], the same on every device of the `group` axis: the one collective of a layer."""
-        total_ND = delta_SND.sum(axis=0)
-        if self.mesh.shape[GROUP] == 1:
-            return total_ND
-        return self.vary_local(lax.psum(total_ND, GROUP))
-
-    def merge_token_slice_local(self, delta_SND: jax.Array) -> jax.Array:
-        """Sum over all groups, of which this device gets its slice of the tokens: [N / devices in `group`, D]."""
-        total_ND = delta_SND.sum(axis=0)
-        if self.mesh.shape[GROUP] == 1:
-            return total_ND
-        return lax.psum_scatter(total_ND, GROUP, scatter_dimension=0, tiled=True)
-
-    def token_slice_local(self, x_N: jax.Array) -> jax.Array:
-        """This device's slice of tokens that all devices of the `group` axis hold."""
-        return self.group_slice_local(x_N, dim=0)
+    def _pad_to_slices(self, x_N: jax.Array) -> jax.Array:
+        """Zeros appended until the tokens split evenly."""
+        pad = -x_N.shape[0] % self.mesh.shape[GROUP]
+        return jnp.pad(x_N, [(0, pad), *[(0, 0)] * (x_N.ndim - 1)]) if pad else x_N
 
     @property
     def slice_axes(self) -> tuple[str, ...]:
@@ -196,20 +279,47 @@ class Layout:
 
     @property
     def num_expert_shards(self) -> int:
-        """Devices that share the experts of a layer and exchange tokens for them; 1 where experts are at hand."""
+        """Devices that share the experts of a layer; 1 where experts are at hand."""
+        return self.mesh.shape[self.expert_axis]
+
+    @property
+    def num_token_shards_of_experts(self) -> int:
+        """Parts of the batch whose tokens meet in the same copy of the experts."""
         return self.mesh.shape[EXPERT]
+
+    @property
+    def exchanges_tokens(self) -> bool:
+        """Whether the devices that share experts send each other tokens; otherwise they hold the same ones."""
+        return self.num_expert_shards > 1 and self.kind != "tp"
 
     def exchange_local(self, x_P: jax.Array) -> jax.Array:
         """All-to-all between the devices that share experts: block p goes to device p."""
-        return all_to_all_local(x_P, EXPERT)
+        return all_to_all_local(x_P, self.expert_axis)
+
+    def join_experts_local(self, out_SND: jax.Array) -> jax.Array:
+        """Sum of what each device's experts made of the same tokens."""
+        return self.vary_local(lax.psum(out_SND, self.expert_axis))
 
     def sum_over_expert_shards_local(self, x: jax.Array) -> jax.Array:
-        """Sum over the devices that share the experts of a layer, the same on all of them."""
-        return x if self.num_expert_shards == 1 else self.vary_local(lax.psum(x, EXPERT))
+        """Sum over the tokens of all devices that share the experts of a layer, the same on all of them."""
+        return self.vary_local(lax.psum(x, self.expert_axis)) if self.exchanges_tokens else x
 
     def expert_offset_local(self, local_experts: int) -> jax.Array:
         """Index of this device's first expert, of `local_experts` per device."""
-        return lax.axis_index(EXPERT) * local_experts
+        return lax.axis_index(self.expert_axis) * local_experts
+
+    def max_over_expert_shards_local(self, x: jax.Array) -> jax.Array:
+        """Largest value on any of the devices that share the experts of a layer, the same on all of them."""
+        return lax.pmax(x, self.expert_axis)
+
+    @property
+    def num_head_shards(self) -> int:
+        """Devices over which the heads of one group are split."""
+        return self.mesh.shape[GROUP] if self.splits_heads else 1
+
+    def mean_over_head_shards_local(self, x: jax.Array) -> jax.Array:
+        """Mean over the devices that share the heads of a group, the same on all of them."""
+        return self.vary_local(lax.pmean(x, GROUP))
 
     def token_shard_index_local(self) -> jax.Array:
         """Which part of the batch this device holds."""
@@ -224,16 +334,25 @@ class Layout:
         return lax.pmax(x, AXES)
 
     def sum_over_tokens_local(self, x: jax.Array) -> jax.Array:
-        """Sum of per-device token statistics over the parts of the batch."""
-        return lax.psum(x, self.token_axes)
+        """Sum of per-device routing statistics over the tokens of the batch, each counted once."""
+        if not self.splits_heads:
+            return lax.psum(x, self.token_axes)
+        total = lax.psum(x, AXES)
+        return total if self.slices_tokens else total / self.mesh.shape[GROUP]
+
+    def sum_over_group_tokens_local(self, x: jax.Array) -> jax.Array:
+        """Routing statistics of all tokens that devices of the `group` axis share, to leave with `group_spec`."""
+        if not self.splits_heads:
+            return x
+        return lax.psum(x, GROUP) if self.slices_tokens else self.agree_local(x)
 
     def sum_over_groups_local(self, x: jax.Array) -> jax.Array:
-        """Sum of per-device group statistics over the devices of the `group` axis."""
-        return lax.psum(x, GROUP)
+        """Sum of per-device group statistics over the groups of all devices."""
+        return x if self.splits_heads else lax.psum(x, GROUP)
 
     def mean_over_groups_local(self, x: jax.Array) -> jax.Array:
         """A statistic that every device of the `group` axis computes alike, counted once."""
-        return lax.pmean(x, GROUP)
+        return x if self.splits_heads else lax.pmean(x, GROUP)
 
     def sum_over_all_local(self, x: jax.Array) -> jax.Array:
         """Sum over every device of the mesh."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -13,7 +14,7 @@ DATA, GROUP, EXPERT = "data", "group", "expert"
 AXES = (DATA, GROUP, EXPERT)
 """Outermost first: `data` may cross hosts, `group` may, `expert` should not."""
 
-LayoutKind = Literal["foe", "fsdp", "ep"]
+LayoutKind = Literal["foe", "fsdp", "ep", "tp", "tp_ep"]
 
 
 class MeshSizes(NamedTuple):
@@ -47,28 +48,39 @@ def plan_mesh(
     *,
     num_groups: int = 1,
     num_experts: int = 1,
+    num_kv_heads: int = 1,
     data: int = 0,
     group: int = 0,
     expert: int = 0,
 ) -> MeshSizes:
     """Axis sizes for a layout; sizes given as 0 are derived from the device count.
 
-    foe gives `group` as many devices as divide both the groups and the devices and the surplus to `data`; fsdp gives
-    all to `data`; ep gives all it can to `expert` and the surplus to `data`.
+    foe gives `group` as many devices as divide both the groups and the devices and the surplus to `data`; `expert` is 1
+    unless given: that many devices then share each group. fsdp gives all to `data`; ep gives all it can to `expert` and
+    the surplus to `data`; tp and tp_ep give `group` as many as divide heads and experts and the surplus to `data`.
 
     Raises:
       ValueError: sizes that do not multiply to the device count or do not divide the model.
     """
     if kind == "foe":
-        expert = _fixed_at_one("expert", expert, kind)
-        group = group or _derive("group", num_devices, data, num_groups, "num_groups")
-        data = data or num_devices // group
+        expert = expert or 1
+        group = group or _derive("group", num_devices // expert, data, num_groups, "num_groups")
+        data = data or num_devices // (group * expert)
         _check_divides("group", group, "num_groups", num_groups)
+        if expert > 1:
+            _check_divides("expert", expert, "experts of a group (num_experts / num_groups)", num_experts // num_groups)
     elif kind == "ep":
         group = _fixed_at_one("group", group, kind)
         expert = expert or _derive("expert", num_devices, data, num_experts, "num_experts")
         data = data or num_devices // expert
         _check_divides("expert", expert, "num_experts", num_experts)
+    elif kind in ("tp", "tp_ep"):
+        expert = _fixed_at_one("expert", expert, kind)
+        parts = math.gcd(num_kv_heads, num_experts)
+        group = group or _derive("group", num_devices, data, parts, "gcd(num_kv_heads, num_experts)")
+        data = data or num_devices // group
+        _check_divides("group", group, "num_kv_heads", num_kv_heads)
+        _check_divides("group", group, "num_experts", num_experts)
     else:
         group, expert = _fixed_at_one("group", group, kind), _fixed_at_one("expert", expert, kind)
         data = data or num_devices

@@ -36,17 +36,19 @@ def find_races(compiled_text: str) -> list[Race]:
     """
     module = hlo.parse_module(compiled_text)
     communicating = _communicating(module)
-    return [race for name in module.computations for race in _races_in(module.computations[name], communicating)]
+    return [
+        race for computation in module.computations.values() for race in _races_in(module, computation, communicating)
+    ]
 
 
-def _races_in(computation: hlo.Computation, communicating: frozenset[str]) -> Iterator[Race]:
+def _races_in(module: hlo.Module, computation: hlo.Computation, communicating: frozenset[str]) -> Iterator[Race]:
     loops: list[str] = []
     needed: dict[str, frozenset[str]] = {}
     """by instruction, the loops among everything it is computed from"""
     for instruction in computation.values():
         from_loops = frozenset().union(*(needed.get(operand, ()) for operand in instruction.operands))
         calls_one = not communicating.isdisjoint(instruction.callees())
-        if calls_one or instruction.opcode in hlo.COLLECTIVE_OPCODES:
+        if calls_one or _meets_others(module, instruction):
             for loop in loops:
                 if loop not in from_loops:
                     yield Race(loop, instruction.name, instruction.op_name)
@@ -64,8 +66,16 @@ def _communicating(module: hlo.Module) -> frozenset[str]:
         calling = {
             name
             for name, instruction in module.instructions()
-            if instruction.opcode in hlo.COLLECTIVE_OPCODES or not found.isdisjoint(instruction.callees())
+            if _meets_others(module, instruction) or not found.isdisjoint(instruction.callees())
         }
         grown = not calling <= found
         found |= calling
     return frozenset(found)
+
+
+def _meets_others(module: hlo.Module, instruction: hlo.Instruction) -> bool:
+    """Whether it is a collective; one over an axis of size 1 has nobody to wait for."""
+    if instruction.opcode not in hlo.COLLECTIVE_OPCODES:
+        return False
+    groups = hlo.device_groups(instruction, module.num_partitions, module.num_replicas)
+    return max((len(group) for group in groups), default=1) > 1

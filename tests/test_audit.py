@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding import audit as auditor
-from sharding import formulas
+from sharding import formulas, forward_pass
 
 AXES = ("data", "group", "expert")
 TOKENS, WIDTH, OUTER, INNER = 16, 32, 3, 2
@@ -122,10 +122,12 @@ def test_axes_of_size_one_leave_no_collective_and_token_sized_ones_are_told_apar
     large = [c for c in found if auditor.is_token_sized(c, TOKENS, WIDTH)]
     assert {(c.op, c.count) for c in large} == {("all-reduce", LAYERS), ("reduce-scatter", 1)}
     assert {c.elements for c in found if c not in large} == {1}
-    compared = formulas.compare_with_audit(formulas.foe_forward(LAYERS, TOKENS, WIDTH, 8), auditor.summarize(found))
-    assert [r["count"] for r in compared] == [r["expected_count"] for r in compared] == [LAYERS, 1]
-    assert [r["wire_bytes"] for r in compared] == [r["expected_wire_bytes"] for r in compared]
-    assert compared[0]["wire_bytes"] == LAYERS * 2 * 7 / 8 * TOKENS * WIDTH * 2
+    sizes = forward_pass.Sizes(LAYERS, TOKENS, WIDTH, "bf16")
+    expected = forward_pass.foe_rows(sizes, 8, last="reduce-scatter", last_tokens=TOKENS)
+    compared = forward_pass.compare_with_audit(expected, auditor.summarize(found))
+    assert [r["count"] for r in compared] == [LAYERS, 1, LAYERS + 1]
+    assert [r["expected_count"] for r in compared] == [LAYERS, 1, 0], "no formula knows the scalars"
+    assert compared[0]["wire_bytes"] == 2 * 7 / 8 * TOKENS * WIDTH * 2
 
 
 def test_loops_of_unknown_length_branches_and_combined_reductions() -> None:
@@ -258,6 +260,7 @@ def test_per_device_terms_of_the_paper_setting() -> None:
     last_merge = 7 / 8 * 8 * token_bytes
     assert sent["foe"] - last_merge == sent["moe ep"] == 16 * 2 * 8 * 7 / 8 * token_bytes
     assert sent["moe tp"] == 2 * sent["moe ep"]
+    assert sent["moe tp_ep"] == pytest.approx(sent["moe tp"] / 2 + sent["moe ep, de-duplicated"])
     assert sent["moe ep, de-duplicated"] / sent["moe ep"] == pytest.approx(5.44 / 8, abs=1e-3)
 
     fewer = formulas.communication_table(**setting, num_groups=2, experts_per_token=8)

@@ -67,6 +67,7 @@ def test_impossible_models_are_refused(model: dict[str, Any], parts: list[str]) 
         ({"data": {"tokenizer_vocab_size": 60_000}}, ["data.tokenizer_vocab_size=60000", "model.vocab_size=50304"]),
         ({"training": {"gradient_accumulation": 3}}, ["data.batch_size=128", "training.gradient_accumulation=3"]),
         ({"mesh": {"layout": "ep"}, "model": {"num_groups": 2}}, ["mesh.layout=ep", "model.num_groups=2"]),
+        ({"mesh": {"layout": "tp_ep"}, "model": {"num_groups": 2}}, ["mesh.layout=tp_ep", "model.num_groups=2"]),
     ],
 )
 def test_sections_must_fit_each_other(values: dict[str, Any], parts: list[str]) -> None:

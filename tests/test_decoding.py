@@ -18,13 +18,19 @@ LAYOUTS = {
     "foe on one device": (8, lambda: Layout.single_device("foe")),
     "foe on eight": (8, lambda: Layout.create("foe", num_groups=8, num_devices=8)),
     "foe, two data shards": (8, lambda: Layout.create("foe", num_groups=8, data=2, group=4)),
+    "foe, two devices a group": (
+        8,
+        lambda: Layout.create("foe", num_groups=8, num_experts=32, group=4, expert=2, data=1),
+    ),
     "moe on one device": (1, lambda: Layout.single_device("fsdp")),
     "moe ep": (1, lambda: Layout.create("ep", num_experts=32, num_devices=8)),
+    "moe tp": (1, lambda: Layout.create("tp", num_experts=32, num_kv_heads=8, data=2, group=4)),
+    "moe tp_ep": (1, lambda: Layout.create("tp_ep", num_experts=32, num_kv_heads=8, data=2, group=4)),
     "moe fsdp": (1, lambda: Layout.create("fsdp", num_devices=8)),
 }
 
 
-SLOW = {"foe, two data shards", "moe fsdp"}
+SLOW = {"foe, two data shards", "moe tp", "moe fsdp"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS])

@@ -187,9 +187,10 @@ def test_foe_round_trip_is_exact(devices: int, foe: LanguageModel, foe_folder: P
         assert variable.get_value().sharding == place.get_value().sharding, path
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "ep"])
+@pytest.mark.parametrize("kind", ["fsdp", "ep", "tp"])
 def test_moe_round_trip_is_exact(kind: Any, moe: LanguageModel, moe_folder: Path) -> None:
-    assert_same(import_model(moe_folder, Layout.create(kind, num_experts=4, num_devices=4)), moe)
+    layout = Layout.create(kind, num_experts=4, num_kv_heads=2, num_devices=4)
+    assert_same(import_model(moe_folder, layout), moe)
 
 
 def test_one_group_as_foe_carries_what_olmoe_cannot(tmp_path: Path) -> None:

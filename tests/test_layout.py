@@ -19,10 +19,16 @@ from sharding import Layout, MeshSizes, make_mesh, plan_mesh
         ("foe", 4, {"num_groups": 8}, (1, 4, 1)),
         ("foe", 8, {"num_groups": 8, "data": 4}, (4, 2, 1)),
         ("foe", 1, {"num_groups": 8}, (1, 1, 1)),
+        ("foe", 8, {"num_groups": 4, "num_experts": 32, "expert": 2}, (1, 4, 2)),
+        ("foe", 8, {"num_groups": 2, "num_experts": 32, "expert": 2}, (2, 2, 2)),
+        ("foe", 4, {"num_groups": 8, "num_experts": 32, "expert": 2, "data": 2}, (2, 1, 2)),
         ("fsdp", 8, {}, (8, 1, 1)),
         ("ep", 8, {"num_experts": 32}, (1, 1, 8)),
         ("ep", 8, {"num_experts": 4}, (2, 1, 4)),
         ("ep", 8, {"num_experts": 32, "data": 2}, (2, 1, 4)),
+        ("tp", 8, {"num_experts": 32, "num_kv_heads": 8}, (1, 8, 1)),
+        ("tp", 8, {"num_experts": 32, "num_kv_heads": 4}, (2, 4, 1)),
+        ("tp_ep", 8, {"num_experts": 32, "num_kv_heads": 8, "group": 2}, (4, 2, 1)),
     ],
 )
 def test_sizes_are_derived(kind: str, devices: int, given: dict[str, int], expected: tuple[int, ...]) -> None:
@@ -35,8 +41,19 @@ def test_sizes_are_derived(kind: str, devices: int, given: dict[str, int], expec
         ("foe", 6, {"num_groups": 4}, ["num_groups=4", "6 devices", "mesh.group"]),
         ("foe", 8, {"num_groups": 4, "group": 8}, ["mesh.group=8", "num_groups=4"]),
         ("foe", 8, {"num_groups": 8, "group": 4, "data": 4}, ["16 devices", "8 are to be used"]),
+        ("foe", 8, {"num_groups": 4, "num_experts": 36, "expert": 3}, ["is 6 devices", "8 are to be used"]),
+        (
+            "foe",
+            8,
+            {"num_groups": 2, "num_experts": 6, "expert": 2},
+            ["mesh.expert=2", "num_experts / num_groups", "=3"],
+        ),
         ("fsdp", 8, {"group": 2}, ["mesh.group=2", "fsdp"]),
         ("ep", 8, {"num_experts": 32, "group": 2}, ["mesh.group=2", "ep"]),
+        ("tp", 8, {"num_experts": 32, "num_kv_heads": 8, "expert": 2}, ["mesh.expert=2", "mesh.layout=tp"]),
+        ("tp", 8, {"num_experts": 32, "num_kv_heads": 4, "group": 8}, ["mesh.group=8", "num_kv_heads=4"]),
+        ("tp_ep", 8, {"num_experts": 12, "num_kv_heads": 8, "group": 8}, ["mesh.group=8", "num_experts=12"]),
+        ("tp_ep", 8, {"num_experts": 9, "num_kv_heads": 9}, ["gcd(num_kv_heads, num_experts)=9", "8 devices"]),
         ("ep", 8, {"num_experts": 6, "expert": 4}, ["mesh.expert=4", "num_experts=6"]),
     ],
 )
@@ -67,6 +84,11 @@ def test_specs_follow_the_layout() -> None:
     assert ep.spec(("group", "experts", "embed", None)) == PartitionSpec(None, "expert", None, None)
     with pytest.raises(ValueError, match="map twice"):
         foe.spec(("group", "vocab"))
+    tp = Layout.create("tp", num_experts=32, num_kv_heads=8, num_devices=8)
+    assert tp.spec(("group", "embed", "heads", None)) == PartitionSpec(None, None, "group", None)
+    assert tp.spec(("group", "experts", "embed", None)) == PartitionSpec(None, "group", None, None)
+    wide = Layout.create("foe", num_groups=4, num_experts=32, num_devices=8, expert=2)
+    assert wide.spec(("group", "experts", "embed", None)) == PartitionSpec("group", "expert", None, None)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +96,20 @@ def test_specs_follow_the_layout() -> None:
     [
         ({"vocab_size": 60}, {"kind": "foe", "num_groups": 8, "num_devices": 8}, ["vocab_size=60", "mesh.group=8"]),
         ({"hidden_size": 36}, {"kind": "foe", "num_groups": 1, "num_devices": 8}, ["hidden_size=36", "mesh.data=8"]),
+        ({"vocab_size": 60}, {"kind": "tp", "num_kv_heads": 8, "num_experts": 32}, ["vocab_size=60", "mesh.group=8"]),
+        ({"num_kv_heads": 4}, {"kind": "tp", "num_kv_heads": 8, "num_experts": 32}, ["num_kv_heads=4", "mesh.group=8"]),
+        ({"num_groups": 8}, {"kind": "tp_ep", "num_kv_heads": 8, "num_experts": 32}, ["num_groups=8", "layout=tp_ep"]),
+        (
+            {"num_experts": 8},
+            {"kind": "foe", "num_groups": 8, "group": 4, "expert": 2},
+            ["num_groups=1", "mesh.expert=2"],
+        ),
     ],
 )
 def test_models_that_do_not_fit_a_layout_are_refused(changes: dict, layout: dict, words: list[str]) -> None:
-    config = tiny_config(num_groups=layout["num_groups"], **changes)
+    config = tiny_config(**({"num_groups": layout.get("num_groups", 1)} | changes))
     with pytest.raises(ValueError) as error:
-        LanguageModel.create(config, Layout.create(**layout), jax.random.key(0))
+        LanguageModel.abstract(config, Layout.create(**layout))
     assert all(word in str(error.value) for word in words), str(error.value)
 
 

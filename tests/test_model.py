@@ -12,8 +12,8 @@ from flax import nnx
 from tiny import packed_batch, plain_batch, relative_error, tiny_config, tiny_model
 
 from foejax.models import LanguageModel
-from sharding import Layout
-from sharding.audit import Collective, audit, is_token_sized
+from sharding import Layout, LayoutKind
+from sharding.audit import Collective, audit, is_token_sized, summarize
 from sharding.races import find_races
 
 
@@ -134,6 +134,13 @@ def test_remat_repeats_no_merge(remat: str) -> None:
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("kind", ["tp_ep", pytest.param("tp", marks=pytest.mark.slow)])
+def test_remat_repeats_no_collective_where_heads_are_split(kind: LayoutKind) -> None:
+    layout = Layout.create(kind, num_experts=32, num_kv_heads=8, num_devices=8)
+    whole, recomputed = (summarize(collectives(layout, 1, "train", remat)) for remat in ("none", "full"))
+    assert [(row["op"], row["count"]) for row in whole] == [(row["op"], row["count"]) for row in recomputed]
+
+
 def test_expert_parallel_forward_has_two_token_sized_exchanges_a_layer() -> None:
     found = collectives(Layout.create("ep", num_experts=32, num_devices=8), 1, "forward")
     exchanges = token_sized(found, ("all-to-all",), ("expert",))
@@ -142,3 +149,11 @@ def test_expert_parallel_forward_has_two_token_sized_exchanges_a_layer() -> None
     assert not token_sized(found, ("all-reduce", "reduce-scatter", "all-gather"), ("expert",))
     small = [c for c in found if c.op == "all-to-all" and c not in exchanges]
     assert small, "weights and expert indices travel apart"
+
+
+def test_a_group_on_two_devices_exchanges_tokens_between_them_alone() -> None:
+    found = collectives(Layout.create("foe", num_groups=8, num_experts=32, group=4, expert=2), 8, "train")
+    exchanges = [c for c in found if c.op == "all-to-all"]
+    assert exchanges and {c.axes for c in exchanges} == {("expert",)}
+    assert {c.axes for c in found if c.branches} == {("expert",)}, "where devices may differ only those of a group meet"
+    assert any(c.axes == ("group",) and is_token_sized(c, ROWS * LENGTH // 2, WIDTH) for c in found)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 from foejax.analysis.comms import lower_train_step
 from foejax.config import load_config
 from foejax.training.run import make_layout
-from sharding.races import find_races
+from sharding.races import Race, find_races
 
 PROGRAM = """HloModule program, is_scheduled=true, num_partitions=2
 
@@ -49,18 +49,27 @@ ENTRY %main (p: f32[4], q: f32[4]) -> (f32[4], f32[4]) {
   %result = f32[4]{0} get-tuple-element(%loop), index=1
   %doubled = f32[4]{0} add(%result, %result)
   %mixed = f32[4]{0} add(%result, %before)
-  %behind = f32[4]{0} all-reduce(%OPERAND), channel_id=1, replica_groups={{0,1}}, metadata={op_name="jit(f)/psum"}
+  %behind = f32[4]{0} all-reduce(%OPERAND), channel_id=1, replica_groups=%GROUPS, metadata={op_name="jit(f)/psum"}
   ROOT %out = (f32[4]{0}, f32[4]{0}) tuple(%doubled, %behind)
 }
 """
+
+
+def races_behind_the_loop(operand: str, groups: str = "{{0,1}}") -> list[Race]:
+    text = PROGRAM.replace("%OPERAND", f"%{operand}").replace("%GROUPS", groups)
+    return find_races(text.replace("channel_id=1,", "channel_id=1, use_global_device_ids=true,"))
 
 
 @pytest.mark.parametrize(
     ("operand", "races"), [("q", 1), ("before", 1), ("doubled", 0), ("mixed", 0)], ids=lambda value: str(value)
 )
 def test_a_collective_behind_a_loop_must_need_its_result(operand: str, races: int) -> None:
-    found = find_races(PROGRAM.replace("%OPERAND", f"%{operand}"))
+    found = races_behind_the_loop(operand)
     assert [(race.loop, race.collective, race.op_name) for race in found] == [("loop", "behind", "jit(f)/psum")] * races
+
+
+def test_a_collective_of_one_device_waits_for_nobody() -> None:
+    assert not races_behind_the_loop("q", groups="{{0},{1}}")
 
 
 def test_two_loops_of_collectives_race() -> None:
@@ -93,6 +102,9 @@ SLOW = pytest.mark.slow
         pytest.param("foe_tiny", {"mesh.group": 4, "mesh.data": 2, "training.remat": "full"}, marks=SLOW),
         pytest.param("foe_tiny", {"training.gradient_accumulation": 2}, marks=SLOW),
         pytest.param("moe_tiny", {"mesh.expert": 4, "mesh.data": 2, "training.remat": "dots"}, marks=SLOW),
+        pytest.param("foe_tiny", {"mesh.group": 4, "mesh.expert": 2}, marks=SLOW),
+        pytest.param("moe_tiny", {"mesh.layout": "tp"}, marks=SLOW),
+        pytest.param("moe_tiny", {"mesh.layout": "tp_ep", "mesh.data": 2, "training.remat": "dots"}, marks=SLOW),
         pytest.param("moe_tiny", {"mesh.layout": "fsdp", "training.router_bias_rate": 0.001}, marks=SLOW),
     ],
     ids=str,

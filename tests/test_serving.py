@@ -22,11 +22,21 @@ from foejax.serving.engine_config import EngineConfig
 from foejax.serving.llm import LLM, Completion
 from foejax.serving.sampling_params import SamplingParams, SamplingParamsError
 from foejax.serving.sequence import FinishReason
-from sharding import Layout
+from sharding import Layout, LayoutKind
 from sharding.races import find_races
 
 CONTEXT = 40
-BINDINGS = {"foe on one device": ("foe", 8, 1), "foe on 8 devices": ("foe", 8, 8), "moe ep on 8 devices": ("ep", 1, 8)}
+BINDINGS: dict[str, tuple[LayoutKind, int, dict[str, int]]] = {
+    "foe on one device": ("foe", 8, {"num_devices": 1}),
+    "foe on 8 devices": ("foe", 8, {"group": 8, "data": 1}),
+    "moe ep on 8 devices": ("ep", 1, {"expert": 8, "data": 1}),
+}
+MORE_BINDINGS: dict[str, tuple[LayoutKind, int, dict[str, int]]] = {
+    "foe, two devices a group": ("foe", 8, {"group": 2, "expert": 2, "data": 1}),
+    "moe tp on 4 devices": ("tp", 1, {"group": 4, "data": 1}),
+    "moe tp_ep on 2 x 4 devices": ("tp_ep", 1, {"group": 4, "data": 2}),
+}
+EVERY_BINDING = [*BINDINGS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_BINDINGS)]
 ENGINES = {
     "roomy": EngineConfig(max_sequences=8, context=CONTEXT, block_size=4, prefill_tokens=64, decode_steps=4),
     # Blocks for a sequence and a half, no prefixes, prompts in chunks: everything is computed again and again.
@@ -38,9 +48,9 @@ ENGINES = {
 
 @functools.cache
 def make_model(binding: str) -> LanguageModel:
-    kind, groups, devices = BINDINGS[binding]
+    kind, groups, sizes = (BINDINGS | MORE_BINDINGS)[binding]
     config = tiny_config(num_groups=groups, num_layers=2)
-    layout = Layout.create(kind, num_groups=groups, num_experts=32, num_devices=devices, shard_params=False)
+    layout = Layout.create(kind, num_groups=groups, num_experts=32, num_kv_heads=8, shard_params=False, **sizes)
     return LanguageModel.create(config, layout, jax.random.key(0))
 
 
@@ -96,7 +106,7 @@ def margin_after(model: LanguageModel, tokens: list[int]) -> float:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("binding", BINDINGS)
+@pytest.mark.parametrize("binding", EVERY_BINDING)
 def test_200_requests_in_any_order_get_what_each_alone_would(binding: str, engine: str) -> None:
     """Greedy, against the plain decoding loop with a dense cache."""
     model, llm = make_model(binding), make_llm(binding, engine)
@@ -195,7 +205,7 @@ def test_log_probabilities_are_the_models() -> None:
         np.testing.assert_allclose(found.top_logprobs, np.sort(own)[::-1][:4], atol=1e-4)
 
 
-@pytest.mark.parametrize("binding", BINDINGS)
+@pytest.mark.parametrize("binding", EVERY_BINDING)
 def test_log_probabilities_of_prompts_are_the_models(binding: str) -> None:
     prompts = random_prompts(10, seed=9)
     params = [SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=index % 3) for index in range(10)]
@@ -265,7 +275,7 @@ def test_bad_prompts_are_refused_and_leave_nothing_behind(prompt: Any, params: d
         assert pool.num_free == pool.num_blocks
 
 
-@pytest.mark.parametrize("binding", BINDINGS)
+@pytest.mark.parametrize("binding", EVERY_BINDING)
 def test_collectives_of_its_programs_do_not_race(binding: str) -> None:
     llm = make_llm(binding, "roomy")
     assert len(llm.runner._programs) == llm.runner.num_programs - 1 >= 3  # the other one loads slots

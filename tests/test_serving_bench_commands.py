@@ -38,11 +38,11 @@ def test_shapes_of_the_sweeps() -> None:
     assert shapes_by_length(100) == [ForwardShape(1, 100)]
 
 
-@pytest.mark.parametrize(("kind", "groups"), [("foe", 8), ("ep", 1)])
+@pytest.mark.parametrize(("kind", "groups"), [("foe", 8), ("ep", 1), ("tp_ep", 1)])
 def test_a_pass_computes_the_models_logits(kind: Any, groups: int) -> None:
     """Three sequences on four devices: a row is padding where the batch is split."""
     config = tiny_config(num_groups=groups, num_layers=1)
-    layout = Layout.create(kind, num_groups=groups, num_experts=32, num_devices=4, shard_params=False)
+    layout = Layout.create(kind, num_groups=groups, num_experts=32, num_kv_heads=8, num_devices=4, shard_params=False)
     model = LanguageModel.create(config, layout, jax.random.key(0)).for_inference()
     run = ForwardPass(model, ForwardShape(3, 20))
     run()
@@ -136,15 +136,16 @@ def test_bench_forward_races_every_layout(
         def __call__(self) -> np.ndarray:
             order.append(self.name)
             is_warm = order.count(self.name) % 3 != 1
-            time.sleep({"foe": 0.02, "ep": 0.06, "fsdp": 0.1}[self.name] if is_warm else 0.0)
+            time.sleep({"foe": 0.02, "fsdp": 0.1}.get(self.name, 0.06) if is_warm else 0.0)
             return np.zeros(1)
 
     monkeypatch.setattr("foejax.serving.load.forward.ForwardPass", FakePass)
     sizes = ["--max-tokens", "1", "--turns", "2", "--devices", "2", "--out", str(tmp_path)]
     assert main(["bench", "forward", *folders, *sizes]) == 0
-    assert order[:9] == ["ep", "fsdp", "foe"] * 3
+    assert order[:15] == ["ep", "tp_ep", "tp", "fsdp", "foe"] * 3
     row = re.search(
-        r"\| moe ep \| moe data \| foe \|\n.*\n\| 1 x 1 \| ([\d.]+) \| ([\d.]+) \| 1.00 \|",
+        r"\| moe ep \| moe tp_ep \| moe tp \| moe data \| foe \|\n.*\n"
+        r"\| 1 x 1 \| ([\d.]+) \| [\d.]+ \| [\d.]+ \| ([\d.]+) \| 1.00 \|",
         (tmp_path / "report.md").read_text(),
     )
     assert row and 1.5 < float(row[1]) < float(row[2]) < 8

@@ -79,6 +79,9 @@ def test_foe_sharded_equals_unsharded(groups: int, devices: int, dtype: str) -> 
         check_equal(config, Layout.create("foe", num_groups=groups, num_devices=devices))
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("kind", "sizes", "remat", "dtype"),
     [
@@ -87,13 +90,28 @@ def test_foe_sharded_equals_unsharded(groups: int, devices: int, dtype: str) -> 
         ("ep", {"expert": 4, "data": 2}, "dots", "float64"),
         ("foe", {"group": 4, "data": 2}, "full", "float64"),
         ("foe", {"group": 2, "data": 4}, "dots", "float32"),
+        ("foe", {"group": 2, "expert": 2, "data": 2}, "full", "float32"),
+        ("tp", {"group": 4, "data": 2}, "full", "float32"),
+        ("tp_ep", {"group": 4, "data": 2}, "full", "float32"),
+        pytest.param("foe", {"group": 1, "expert": 2, "data": 1}, "none", "float32", marks=SLOW),
+        pytest.param("foe", {"group": 1, "expert": 4, "data": 1}, "none", "float32", marks=SLOW),
+        pytest.param("foe", {"group": 2, "expert": 2, "data": 1}, "dots", "float32", marks=SLOW),
+        pytest.param("foe", {"group": 4, "expert": 2, "data": 1}, "none", "float32", marks=SLOW),
+        pytest.param("foe", {"group": 2, "expert": 4, "data": 1}, "none", "float64", marks=SLOW),
+        pytest.param("tp", {"group": 2, "data": 1}, "none", "float32", marks=SLOW),
+        pytest.param("tp", {"group": 4, "data": 1}, "dots", "float32", marks=SLOW),
+        pytest.param("tp", {"group": 8, "data": 1}, "none", "float64", marks=SLOW),
+        pytest.param("tp_ep", {"group": 2, "data": 1}, "dots", "float32", marks=SLOW),
+        pytest.param("tp_ep", {"group": 4, "data": 1}, "none", "float32", marks=SLOW),
+        pytest.param("tp_ep", {"group": 8, "data": 1}, "none", "float64", marks=SLOW),
     ],
 )
 def test_layouts_and_remat_policies(kind: str, sizes: dict[str, int], remat: str, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         groups = 8 if kind == "foe" else 1
         config = tiny_config(num_groups=groups, dtype=dtype, num_layers=2)
-        layout = Layout.create(kind, num_groups=groups, num_experts=config.num_experts, **sizes)
+        heads, experts = config.num_kv_heads, config.num_experts
+        layout = Layout.create(kind, num_groups=groups, num_experts=experts, num_kv_heads=heads, **sizes)
         check_equal(config, layout, remat)
 
 

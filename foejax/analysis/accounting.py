@@ -161,7 +161,8 @@ def activation_bytes(config: RunConfig, layout: Layout) -> int:
     """Estimated bytes that one device keeps from the forward for the backward pass of one micro-batch.
 
     Per token and layer, in elements of the compute dtype, s = H / (devices on `group`) being the streams of a device
-    and q, g, k its own query heads, key/value heads and chosen experts:
+    and q, g, k its own query heads, key/value heads and chosen experts. In tp every device has the one stream whole
+    (s = 1); in tp_ep its share of it, and D more for the tokens that attention gathers:
 
     - remat=full: (s + 2) D: the residual and s expert outputs at the layer's entry, and the merged residual. An FoE
       device with s groups thus keeps s + 2 arrays where the MoE keeps 3.
@@ -176,19 +177,16 @@ def activation_bytes(config: RunConfig, layout: Layout) -> int:
     sequence = config.data.sequence_length
     micro_batch = config.data.batch_size / config.training.gradient_accumulation
     tokens = micro_batch * sequence / layout.num_token_shards
-    streams, width, hidden, head = (
-        model.num_groups / sizes.group,
-        model.hidden_size,
-        model.expert_hidden_size,
-        model.head_dim,
-    )
+    width, hidden, head = model.hidden_size, model.expert_hidden_size, model.head_dim
+    streams = 1.0 if layout.splits_heads else model.num_groups / sizes.group
+    carried = 1 / sizes.group if layout.slices_tokens else 1.0
     q, g, k = (n / sizes.group for n in (model.num_query_heads, model.num_kv_heads, model.experts_per_token))
-    elements = (streams + 2) * width
+    elements = carried * (streams + 2) * width + (width if layout.slices_tokens else 0)
     if config.training.remat != "full":
         elements += (2 * q + 2 * g) * head + streams * width + k * (2 * hidden + width) + q * sequence
     if config.training.remat == "none":
-        elements += 4 * streams * width + 4 * (q + 2 * g) * head + q * sequence + 4 * width
-        elements += k * (width + 2 * hidden) + model.num_experts
+        elements += 4 * carried * (streams + 1) * width + 4 * (q + 2 * g) * head + q * sequence
+        elements += k * (width + 2 * hidden) + carried * model.num_experts
     itemsize = {"bfloat16": 2, "float32": 4, "float64": 8}[model.dtype]
     chunk = min(2048, tokens / layout.num_token_slices)
     return round(tokens * model.num_layers * elements * itemsize + 2 * chunk * model.vocab_size * 4)
@@ -215,10 +213,13 @@ def _device_memory(model: LanguageModel, config: RunConfig, layout: Layout) -> D
 
 
 def _training_flops_per_device(flops: Flops, step_tokens: int, layout: Layout) -> float:
-    """Each device of a group axis does its share of every token of its batch shard, and the whole router."""
+    """Each device of a group axis does its share of every token of its batch shard, and the whole router.
+
+    Where it carries its slice of the tokens, it routes them alone.
+    """
     tokens = step_tokens / layout.num_token_shards
     shared = (flops.forward - flops.router) / layout.sizes.group
-    return 3 * tokens * (shared + flops.router)
+    return 3 * tokens * (shared + flops.router / (layout.sizes.group if layout.slices_tokens else 1))
 
 
 def _part_of(name: str) -> str:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from foejax.analysis.expected_collectives import expected_collectives
 from foejax.config import RunConfig
 from foejax.decoding import lower_decode_step
 from foejax.evaluation.evaluate import split_model
@@ -22,7 +23,7 @@ from foejax.training.run import make_layout, train_step_of
 from foejax.training.step import abstract_train_state
 from sharding import Layout
 from sharding.audit import audit, summarize
-from sharding.formulas import compare_with_audit, foe_forward, moe_ep_forward
+from sharding.forward_pass import compare_with_audit
 
 DECODE_SEQUENCES = 8
 """Sequences of the audited decoding step on every token shard."""
@@ -63,20 +64,19 @@ def communication_report(
 
 
 def compare_with_formulas(config: RunConfig, report: Mapping[str, Rows], devices: int = 0) -> dict[str, Rows]:
-    """The audited forward pass and decoding step beside the closed formulas of `sharding.formulas`.
+    """The audited forward pass and decoding step beside the closed formulas of `sharding.forward_pass`.
 
-    Empty for a layout without token-sized collectives (fsdp, or one device).
+    Returns:
+      Rows of `compare_with_audit` for both programs; none for a layout without collectives (fsdp, or one device).
     """
     layout = _layout(config, devices)
     rows, length = _micro_batch(config)
-    shards = layout.num_token_shards
-    tokens = -(-rows // shards) * length
-    forward = _expected(config, layout, tokens, last_merge="reduce-scatter")
-    decode = _expected(config, layout, DECODE_SEQUENCES, last_merge="all-reduce")
-    return {
-        "forward": compare_with_audit(forward, report["forward"]),
-        "decode_step": compare_with_audit(decode, report["decode_step"]),
+    tokens = -(-rows // layout.num_token_shards) * length
+    expected = {
+        "forward": expected_collectives(config.model, layout, tokens),
+        "decode_step": expected_collectives(config.model, layout, DECODE_SEQUENCES, logits_rows=DECODE_SEQUENCES),
     }
+    return {name: compare_with_audit(formulas, report[name]) for name, formulas in expected.items()}
 
 
 def lower_forward(model: LanguageModel, shape: tuple[int, int]) -> jax.stages.Lowered:
@@ -139,25 +139,3 @@ def _abstract_batch(
         )
         for name in names
     }
-
-
-def _expected(config: RunConfig, layout: Layout, tokens: int, *, last_merge: Any) -> Rows:
-    """What the formulas say for `tokens` tokens on every device."""
-    model, sizes = config.model, layout.sizes
-    itemsize = jnp.dtype(model.dtype).itemsize
-    if sizes.group > 1:
-        return foe_forward(
-            model.num_layers, tokens, model.hidden_size, sizes.group, last_merge=last_merge, itemsize=itemsize
-        )
-    if sizes.expert > 1:
-        return moe_ep_forward(
-            model.num_layers,
-            tokens,
-            model.hidden_size,
-            sizes.expert,
-            num_experts=model.num_experts,
-            experts_per_token=model.experts_per_token,
-            deduplicate=True,
-            itemsize=itemsize,
-        )
-    return []

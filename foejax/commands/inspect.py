@@ -40,7 +40,7 @@ def run_comms(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
         print(f"{_TITLES[name]}\n{format_table(rows) if rows else 'no collective'}\n")
     for name, rows in compare_with_formulas(config, report).items():
         if rows:
-            print(f"{_TITLES[name]}: token-sized collectives against the closed formulas (docs/communication.md)")
+            print(f"{_TITLES[name]}: collectives against the closed formulas (docs/communication.md)")
             print(_format_comparison(rows) + "\n")
 
 
@@ -77,10 +77,13 @@ def _format_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
 
     lines = []
     for row in rows:
-        expected, found = format_bytes(row["expected_wire_bytes"]), format_bytes(row["wire_bytes"])
+        notes = [row["what"], f"{row['formula']} each"] if row["formula"] else [row["what"]]
+        notes += [] if row["branch"] is None else [f"buffers of size {row['branch'] + 1}"]
+        useful = row.get("useful_payload_bytes")
+        notes += [] if useful is None else [f"{format_bytes(useful)} under uniform routing"]
         lines.append(
-            f"  {row['op']} over {' '.join(row['axes'])} ({row['what']}; {row['formula']} each): "
-            f"{row['count']} found, {row['expected_count']} by formula; {found} sent, {expected} by formula"
+            f"  {row['op']} over {' '.join(row['axes'])} of {format_bytes(row['payload_bytes'])} {row['dtype']} "
+            f"({'; '.join(notes)}): {row['count']} found, {row['expected_count']} by formula"
         )
     return "\n".join(lines)
 

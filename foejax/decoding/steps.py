@@ -74,7 +74,7 @@ def lower_decode_step(model: LanguageModel, batch_size: int, *, slots: int | Non
 
 def cache_specs(layout: Layout) -> Any:
     """Partitions of a cache, as a DenseCache: sequences over the token shards, heads over the groups."""
-    kv: Any = PartitionSpec(None, layout.token_axes, *layout.group_spec(1))
+    kv: Any = PartitionSpec(None, layout.token_axes, None, *layout.head_axes)
     positions: Any = layout.batch_spec(None)
     return DenseCache(kv, kv, positions)
 
@@ -93,13 +93,14 @@ def _prefill(
         tokens, lengths = (layout.vary_local(x) for x in inputs)
         config = transformer.config
         batch, length = tokens.shape
+        groups, heads = transformer.local_heads
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
         cache = DenseCache.empty(
             num_layers=config.num_layers,
             batch=batch,
             slots=slots,
-            groups=transformer.local_groups,
-            kv_heads=config.num_kv_heads // config.num_groups,
+            groups=groups,
+            kv_heads=heads,
             head_dim=config.head_dim,
             dtype=config.dtype,
         )

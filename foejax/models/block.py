@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from foejax.config import ModelConfig
 from foejax.models.attention import GroupAttention
 from foejax.models.cache import AttentionCache
-from foejax.models.expert_parallel import exchange_and_run
+from foejax.models.expert_parallel import run_experts
 from foejax.models.experts import Experts
 from foejax.models.layers import make_norm, rms_norm
 from foejax.models.router import Router, RouterStats, Routing, SelectFn
@@ -25,11 +25,16 @@ from sharding import Layout
 
 MERGED_RESIDUAL = "merged_residual"
 """Checkpoint name of the residual after the groups met; saved by every remat policy, so no merge runs twice."""
+WHOLE_TOKENS = "whole_tokens"
+"""Checkpoint name of what attention reads where devices carry slices of the tokens; saved likewise."""
 
 
 @struct.dataclass
 class Streams:
-    """State between layers: the residual all groups share and what each group's experts added for itself."""
+    """State between layers: the residual all groups share and what each group's experts added for itself.
+
+    N are the tokens that this device carries: all that it attends to or, where `layout.slices_tokens`, its slice.
+    """
 
     residual_ND: jax.Array
     expert_out_SND: jax.Array
@@ -64,25 +69,25 @@ class Block(nnx.Module):
         Args:
           streams: state at the layer's entry.
           layer: index of the layer, for the cache.
-          angles_NK: rotary angles [N, K/2].
+          angles_NK: rotary angles [tokens attended to, K/2].
           merge_scale: weight of the merged branches, a scalar in the activations' dtype.
-          active_tokens: [N] bool, False for padding.
+          active_tokens: [N] bool, False for padding, of the tokens carried here.
         """
         residual_ND, expert_out_SND = streams.residual_ND, streams.expert_out_SND
         with jax.named_scope("attention"):
             x_SND = residual_ND[None] + expert_out_SND
             normed_SND = rms_norm(x_SND, self.attention_norm_SD[...][:, None, :], self.eps)
-            branch_SND, cache = self.attention(normed_SND, angles_NK, cache, layer)
+            if layout.slices_tokens:
+                whole_SND = layout.whole_tokens_local(normed_SND, angles_NK.shape[0])
+                normed_SND = checkpoint_name(whole_SND, WHOLE_TOKENS)
+            branch_SND, cache = self.attention(normed_SND, angles_NK, cache, layer, layout)
         with jax.named_scope("merge"):
-            merged_ND = layout.merge_local(expert_out_SND + branch_SND)
+            merged_ND = layout.merge_local(expert_out_SND, branch_SND)
             residual_ND = checkpoint_name(residual_ND + merge_scale * merged_ND, MERGED_RESIDUAL)
         with jax.named_scope("experts"):
             h_ND = rms_norm(residual_ND, self.expert_norm_D[...][None], self.eps)
             routing, stats = self.router(h_ND, layout, active_tokens=active_tokens, select_fn=select_fn)
-            if layout.num_expert_shards > 1:
-                expert_out_SND = exchange_and_run(self.experts, h_ND, routing, layout)
-            else:
-                expert_out_SND = self.experts(h_ND, routing.indices_SNk, routing.weights_SNk, routing.valid_SNk)
+            expert_out_SND = run_experts(self.experts, h_ND, routing, layout)
         return Streams(residual_ND, expert_out_SND), cache, stats, routing
 
 

@@ -154,7 +154,7 @@ class LanguageModel(nnx.Module):
         fields = {name: jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")}
         num_tokens = fields["tokens"].size
         fields = _fit_rows(fields, layout)
-        trace_spec: Any = PartitionSpec(*layout.group_spec(1), layout.token_axes)
+        trace_spec: Any = layout.routing_spec
         out_specs: Any = PartitionSpec((*layout.token_axes, *layout.slice_axes), None)
         if record_routing:
             out_specs = (out_specs, RoutingTrace(trace_spec, trace_spec, trace_spec))
@@ -165,7 +165,7 @@ class LanguageModel(nnx.Module):
             logits = logits_of(hidden, transformer.head_local(layout, whole_vocab=True))
             if output.routing is None:
                 return logits
-            return logits, _trace(output.routing)
+            return logits, jax.tree.map(layout.routing_slice_local, _trace(output.routing))
 
         outputs = self._run(program, {name: layout.batch_spec(None) for name in fields}, out_specs)(fields)
         if not record_routing:
@@ -286,15 +286,22 @@ def _trace(routing: Routing) -> RoutingTrace:
 
 
 def _check_layout(config: ModelConfig, layout: Layout) -> None:
-    sizes = layout.sizes
-    for axis, size, field, parts in (
-        ("group", sizes.group, "num_groups", config.num_groups),
-        ("expert", sizes.expert, "num_experts", config.num_experts),
-        ("group", sizes.group, "vocab_size", config.vocab_size),
-    ):
-        if parts % size:
+    sizes, groups = layout.sizes, config.num_groups
+    if layout.splits_heads and groups > 1:
+        raise ValueError(
+            f"num_groups={groups} does not fit mesh.layout={layout.kind}, which splits the heads of one group: "
+            "use mesh.layout=foe"
+        )
+    parts = [("group", "vocab_size", config.vocab_size)]
+    if layout.splits_heads:
+        parts += [("group", "num_kv_heads", config.num_kv_heads), ("group", "num_experts", config.num_experts)]
+    else:
+        parts += [("group", "num_groups", groups), ("expert", "num_experts / num_groups", config.num_experts // groups)]
+    for axis, field, count in parts:
+        size = getattr(sizes, axis)
+        if count % size:
             raise ValueError(
-                f"{field}={parts} is not divisible by mesh.{axis}={size}: choose {field} as a multiple of {size}"
+                f"{field}={count} is not divisible by mesh.{axis}={size}: choose {field} as a multiple of {size}"
             )
     if layout.shard_params and config.hidden_size % sizes.data:
         raise ValueError(

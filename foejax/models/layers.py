@@ -48,11 +48,25 @@ def make_norm(
     return make_param(rngs, nnx.initializers.ones, logical_axes, shape, dtype, high_precision_use=True)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, axis: int | tuple[int, ...] = -1) -> jax.Array:
-    """RMSNorm (Zhang and Sennrich, 2019) in high precision; `weight` has the rank of `x`."""
-    wide = x.astype(high_precision(x.dtype))
-    mean_square = jnp.mean(jnp.square(wide), axis=axis, keepdims=True)
-    return (wide * jax.lax.rsqrt(mean_square + eps) * weight).astype(x.dtype)
+def mean_square(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
+    """Mean of the squares in high precision, dimensions kept."""
+    return jnp.mean(jnp.square(x.astype(high_precision(x.dtype))), axis=axis, keepdims=True)
+
+
+def rms_norm(
+    x: jax.Array,
+    weight: jax.Array,
+    eps: float,
+    axis: int | tuple[int, ...] = -1,
+    *,
+    squares: jax.Array | None = None,
+) -> jax.Array:
+    """RMSNorm (Zhang and Sennrich, 2019) in high precision; `weight` has the rank of `x`.
+
+    `squares` is what `mean_square` gives, where it is over more than `x` holds.
+    """
+    squares = mean_square(x, axis) if squares is None else squares
+    return (x.astype(squares.dtype) * jax.lax.rsqrt(squares + eps) * weight).astype(x.dtype)
 
 
 def rotary_angles(positions_N: jax.Array, head_dim: int, base: float, scaling_factor: float) -> jax.Array:

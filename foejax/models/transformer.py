@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from foejax.config import ModelConfig
-from foejax.models.block import MERGED_RESIDUAL, Block, Streams, layer_merge_scale, merge_scales
+from foejax.models.attention import HEAD_SQUARES
+from foejax.models.block import MERGED_RESIDUAL, WHOLE_TOKENS, Block, Streams, layer_merge_scale, merge_scales
 from foejax.models.cache import AttentionCache
 from foejax.models.expert_parallel import EXCHANGED
 from foejax.models.layers import high_precision, make_norm, make_param, rms_norm, rotary_angles
@@ -88,9 +89,10 @@ class Transformer(nnx.Module):
         config = self.config
         embedding_VD = self._param("embedding_VD", layout)
         embedded_ND = jnp.take(embedding_VD, tokens_N, axis=0) * config.embedding_scale
-        residual_ND = embedded_ND.astype(config.dtype)
+        residual_ND = layout.own_tokens_local(embedded_ND.astype(config.dtype))
+        active_tokens = layout.own_tokens_local(active_tokens)
         graphdef = nnx.graphdef(self._first_block)
-        streams = Streams(residual_ND, jnp.zeros_like(residual_ND, shape=(self.local_groups, *residual_ND.shape)))
+        streams = Streams(residual_ND, jnp.zeros_like(residual_ND, shape=(self.local_heads[0], *residual_ND.shape)))
         streams = jax.tree.map(layout.vary_local, streams)
         angles_NK = rotary_angles(positions_N, config.head_dim, config.rope_base, config.rope_scaling_factor)
 
@@ -130,9 +132,10 @@ class Transformer(nnx.Module):
         return separate
 
     @property
-    def local_groups(self) -> int:
-        """Groups on this device."""
-        return int(self._first_block.experts.gate_SEDF[...].shape[-4])
+    def local_heads(self) -> tuple[int, int]:
+        """Groups on this device, and key/value heads of each here."""
+        groups, _, heads, _ = self._first_block.attention.k_SDGK[...].shape[-4:]
+        return groups, heads
 
     @property
     def _first_block(self) -> Block:
@@ -151,23 +154,27 @@ class Transformer(nnx.Module):
 
     def hidden_slice_local(self, streams: Streams, layout: Layout) -> jax.Array:
         """Merge the streams a last time; each device of a group axis gets its slice of the tokens [M, D], normed."""
-        merged = layout.merge_token_slice_local(streams.expert_out_SND)
-        return self._final_hidden(layout.token_slice_local(streams.residual_ND), merged, layout)
+        merged_MD = layout.last_merge_slice_local(streams.expert_out_SND)
+        return self._norm(self._add(layout.residual_slice_local(streams.residual_ND), merged_MD), layout)
 
     def hidden_rows_local(self, streams: Streams, rows_M: jax.Array, layout: Layout) -> jax.Array:
         """Merge the streams a last time at the rows asked for: [M, D] on every device, normed."""
-        merged = layout.merge_local(streams.expert_out_SND[:, rows_M])
-        return self._final_hidden(streams.residual_ND[rows_M], merged, layout)
+        if layout.slices_tokens:
+            whole_ND = self._add(streams.residual_ND, layout.last_merge_local(streams.expert_out_SND))
+            return self._norm(layout.pick_rows_local(whole_ND, rows_M), layout)
+        merged_MD = layout.last_merge_local(streams.expert_out_SND[:, rows_M])
+        return self._norm(self._add(streams.residual_ND[rows_M], merged_MD), layout)
 
     def head_local(self, layout: Layout, *, whole_vocab: bool) -> jax.Array:
         """Head weight [D, V], or this device's part of the vocabulary."""
         head_DV = self._param("head_DV", layout)
         return layout.gather_vocab_local(head_DV, dim=1) if whole_vocab else head_DV
 
-    def _final_hidden(self, residual: jax.Array, merged: jax.Array, layout: Layout) -> jax.Array:
-        scale = jnp.asarray(merge_scales(self.config)[1], residual.dtype)
-        weight = self._param("final_norm_D", layout)
-        return rms_norm(residual + scale * merged, weight[None], self.config.norm_eps)
+    def _add(self, residual: jax.Array, merged: jax.Array) -> jax.Array:
+        return residual + jnp.asarray(merge_scales(self.config)[1], residual.dtype) * merged
+
+    def _norm(self, hidden: jax.Array, layout: Layout) -> jax.Array:
+        return rms_norm(hidden, self._param("final_norm_D", layout)[None], self.config.norm_eps)
 
     def _param(self, name: str, layout: Layout) -> jax.Array:
         variable = getattr(self, name)
@@ -190,7 +197,7 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
 def _with_remat(run_layer: LayerFn, remat: Remat, layout: Layout) -> LayerFn:
     """Wrap the body of the layer scan in the chosen checkpoint policy."""
     policies = jax.checkpoint_policies
-    collective_results = (MERGED_RESIDUAL, EXCHANGED)
+    collective_results = (MERGED_RESIDUAL, WHOLE_TOKENS, HEAD_SQUARES, EXCHANGED)
     if remat == "none":
         return jax.checkpoint(run_layer, policy=_keep_activations) if layout.gathers_params else run_layer
     if remat == "dots":

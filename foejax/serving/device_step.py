@@ -271,7 +271,7 @@ def load_local(
 
 def state_specs(layout: Layout) -> DeviceState:
     """Partitions of the state: blocks and slots over the token shards, heads over the groups."""
-    cache, history = layout.batch_spec(GROUP), PartitionSpec(GROUP, layout.token_axes)
+    cache, history = layout.batch_spec(*layout.head_axes), PartitionSpec(GROUP, layout.token_axes)
     return DeviceState(cache, cache, history)  # type: ignore[arg-type]
 
 

@@ -92,7 +92,8 @@ class EngineConfig:
                 f"choose at least {model.experts_per_token}"
             )
         if budget % parts:
-            over = f"num_groups={model.num_groups}" if shards == 1 else f"the {shards} devices that share the experts"
+            groups, devices = f"num_groups={model.num_groups}", f"the {shards} devices that share the experts"
+            over = " x ".join([groups] * (model.num_groups > 1) + [devices] * (shards > 1))
             raise ConfigError(
                 f"expert_budget={budget} is not divisible by {over}: choose a multiple of {parts}, "
                 f"up to num_experts={model.num_experts}"

@@ -127,7 +127,7 @@ class ModelRunner:
             self._params, self._state, self._settings, packed, np.asarray(plan.logprobs)
         )
         sampled, sums = jax.device_get(output)
-        experts = read_expert_sums(sums, self.layout.num_expert_shards) if sums is not None else None
+        experts = read_expert_sums(sums, self.layout.num_token_shards_of_experts) if sums is not None else None
         return _read(plan, shape, sampled)._replace(experts=experts)
 
     def _shapes(self) -> list[_Shape]:
@@ -210,7 +210,7 @@ class ModelRunner:
 
         def run(params: nnx.State, *inputs: Any) -> tuple[DeviceState, _Output]:
             sampled: Any = PartitionSpec(GROUP, None, layout.token_axes)
-            experts: Any = PartitionSpec(layout.token_axes, None, None, GROUP)
+            experts: Any = PartitionSpec(layout.token_axes, *layout.group_spec(2))
             out_specs = (states, (sampled, experts))
             mapped = run_on_mesh(nnx.merge(graphdef, params), layout, program, in_specs, out_specs)
             done: tuple[DeviceState, _Output] = mapped(inputs)
@@ -224,7 +224,9 @@ class ModelRunner:
         )
 
     def _reported(self, output: StepOutput) -> _Output:
-        return output.sampled, output.experts if self._report_experts else None
+        if not self._report_experts:
+            return output.sampled, None
+        return output.sampled, jax.tree.map(self.layout.sum_over_group_tokens_local, output.experts)
 
     @property
     def _row_width(self) -> int:

@@ -154,6 +154,7 @@ def make_layout(model: ModelConfig, mesh: MeshConfig) -> Layout:
             kind,
             num_groups=model.num_groups,
             num_experts=model.num_experts,
+            num_kv_heads=model.num_kv_heads,
             num_devices=mesh.devices,
             data=mesh.data,
             group=mesh.group,

@@ -24,7 +24,6 @@ from foejax.models import LanguageModel
 from foejax.models.language_model import run_on_mesh
 from foejax.models.transformer import Transformer, logits_of
 from foejax.serving.paged_cache import PagedCache, Section
-from sharding.mesh import GROUP
 
 _BLOCK_SIZE = 16
 Caches = tuple[jax.Array, jax.Array]
@@ -89,7 +88,7 @@ class ForwardPass:
             assert isinstance(output.cache, PagedCache)
             return (output.cache.k_XSGCK, output.cache.v_XSGCK), logits_RV
 
-        cache_spec, row_spec = layout.batch_spec(GROUP), layout.batch_spec(None)
+        cache_spec, row_spec = layout.batch_spec(*layout.head_axes), layout.batch_spec(None)
         in_specs = ((cache_spec, cache_spec), row_spec, row_spec, PartitionSpec())
         out_specs = ((cache_spec, cache_spec), layout.logits_spec)
 
