@@ -62,12 +62,16 @@ def _compile(source: Path) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         unfinished = Path(folder) / library.name  # several processes may compile at once: the last one's stays
-        done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, timeout=_SECONDS)
+        done = _run([*command, "-o", str(unfinished)])
         if done.returncode != 0:
             first_error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-300:])
             raise _CompilerError(f"{command[0]} could not compile {source.name}: {first_error}")
         unfinished.replace(library)
     return library
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
 
 
 def _find_compiler() -> list[str]:
@@ -86,7 +90,7 @@ def _machine_options() -> list[str]:
 
 def _fingerprint(command: list[str], source: Path) -> str:
     """Changes with the source, the command, the compiler, jaxlib and the processor's abilities."""
-    compiler = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=_SECONDS)
+    compiler = _run([command[0], "--version"])
     texts = [path.read_text(encoding="utf-8") for path in (source, _HEADER)]
     parts = [*command[:-1], *texts, compiler.stdout, jax.lib.__version__, _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

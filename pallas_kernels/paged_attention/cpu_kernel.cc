@@ -15,7 +15,7 @@
 
 namespace {
 
-// exp of numbers <= 0, to 2 units in the last place: a power of two times the series of what is left.
+// exp of numbers <= 0: a power of two times the series of what is left, which is at most ln 2 / 2.
 inline Floats Exp(Floats x) {
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
   x = x < -87.0f ? Floats{} - 87.0f : x;
