@@ -35,9 +35,8 @@ def stacked_matmul(x_SNK: jax.Array, w_SKF: jax.Array, *, dtype: DTypeLike | Non
       y_SNF: [S, N, F].
     """
     dtype = jnp.dtype(dtype or x_SNK.dtype)
-    rows = (x_SNK.shape[0] * x_SNK.shape[1], x_SNK.shape[2])
-    is_few = x_SNK.shape[1] <= FEW_ROWS and dtype in (x_SNK.dtype, jnp.float32)
-    if not is_few or cpu.refusal(rows, w_SKF.shape, x_SNK.dtype, transpose_rhs=False, weight_dtype=None) is not None:
+    fits = x_SNK.shape[1] <= FEW_ROWS and dtype in (x_SNK.dtype, jnp.float32)
+    if not fits or cpu.KERNEL.refusal(x_SNK.dtype) is not None:
         return _in_xla(x_SNK, w_SKF, dtype)
     # Casting here, outside the custom gradient, leaves it to JAX to sum a replicated operand's gradient over the mesh.
     axes = varying_axes(x_SNK, w_SKF)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from experiments import bench_cpu_kernels
-from pallas_kernels import grouped_matmul, host_compiler
+from pallas_kernels import grouped_matmul, host_compiler, host_kernel
 from pallas_kernels.grouped_matmul import cpu
 
 Multiply = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -40,7 +40,7 @@ def multiply(request: pytest.FixtureRequest) -> Multiply:
         return jax.jit(lambda x_RK, w_EKN, sizes_E: grouped_matmul(x_RK, w_EKN, sizes_E, implementation="cpu"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", f"{host_compiler._find_compiler()[0]} -DFOEJAX_PORTABLE")
-        library = ctypes.cdll.LoadLibrary(str(host_compiler._compile(cpu._SOURCE)))
+        library = ctypes.cdll.LoadLibrary(str(host_compiler._compile(cpu.KERNEL.source)))
     jax.ffi.register_ffi_target("portable", jax.ffi.pycapsule(library.foejax_grouped_matmul), platform="cpu")
 
     def call(x_RK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -136,7 +136,7 @@ def test_what_cannot_be_compiled_is_said(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_without_a_compiler_xla_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(cpu, "register", lambda source, name: "no C++ compiler")
+    monkeypatch.setattr(host_kernel, "register", lambda source, name: "no C++ compiler")
     x_RK, w_EKN, sizes_E = make_operands((23, 5, 7), "float32")
     with caplog.at_level(logging.INFO, logger="pallas_kernels"):
         y_RN = grouped_matmul(x_RK, w_EKN, jnp.asarray(sizes_E))

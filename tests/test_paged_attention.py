@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import paged_attention
-from pallas_kernels.paged_attention import cpu
+from pallas_kernels import host_kernel, paged_attention
 
 Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -74,7 +73,7 @@ def test_the_backend_is_picked_logged_and_refused(
     with caplog.at_level(logging.INFO, logger="pallas_kernels"):
         run(*operands)
         assert caplog.records[-1].message.endswith(": cpu")
-        monkeypatch.setattr(cpu, "register", lambda source, name: "no C++ compiler")
+        monkeypatch.setattr(host_kernel, "register", lambda source, name: "no C++ compiler")
         run(*make_operands(2, 4, 2, 1, 8, 9))
         assert caplog.records[-1].message.endswith(": xla; cpu has no kernel here (no C++ compiler)")
     with pytest.raises(ValueError, match=r"'cpu': cpu has no kernel here \(no C\+\+ compiler\); these can: xla"):
