@@ -19,7 +19,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sharding.collectives import all_to_all_local, gather_param_local, vary_local
+from sharding.collectives import all_to_all_local, gather_param_local, reduce_scatter_local, vary_local
+from sharding.hosts import check_hosts
 from sharding.mesh import AXES, DATA, EXPERT, GROUP, LayoutKind, MeshSizes, make_mesh, plan_mesh
 
 LogicalAxes = tuple[str | None, ...]
@@ -64,7 +65,9 @@ class Layout:
         sizes = plan_mesh(
             kind, num_devices, num_groups=num_groups, num_experts=num_experts, data=data, group=group, expert=expert
         )
-        return cls(make_mesh(sizes), kind, shard_params)
+        mesh = make_mesh(sizes)
+        check_hosts(mesh, kind)
+        return cls(mesh, kind, shard_params)
 
     @classmethod
     def single_device(cls, kind: LayoutKind = "foe") -> Layout:
@@ -178,7 +181,7 @@ class Layout:
         total_ND = delta_SND.sum(axis=0)
         if self.mesh.shape[GROUP] == 1:
             return total_ND
-        return lax.psum_scatter(total_ND, GROUP, scatter_dimension=0, tiled=True)
+        return reduce_scatter_local(total_ND, GROUP, dim=0)
 
     def token_slice_local(self, x_N: jax.Array) -> jax.Array:
         """This device's slice of tokens that all devices of the `group` axis hold."""
