@@ -66,9 +66,10 @@ class RollCallServer:
             left = None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
             for key, _ in self._selector.select(left):
                 if key.fileobj is self._listener:
-                    connection, _ = self._listener.accept()
-                    _keep_alive(connection)
-                    self._selector.register(connection, selectors.EVENT_READ, _Lines(connection))
+                    with contextlib.suppress(OSError):  # gone again, or the listener closed in this very round
+                        connection, _ = self._listener.accept()
+                        _keep_alive(connection)
+                        self._selector.register(connection, selectors.EVENT_READ, _Lines(connection))
                 else:
                     self._read(key.data)
             if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -150,7 +151,7 @@ class RollCall:
       hosts: name of the host of every process.
     """
 
-    def __init__(self, lines: _Lines, rank: int, hosts: list[str]) -> None:
+    def __init__(self, lines: _Lines, rank: int, hosts: list[str], messages: list[dict[str, Any]]) -> None:
         self.hosts = hosts
         self._lines, self._rank = lines, rank
         self._passed: set[str] = set()
@@ -160,7 +161,7 @@ class RollCall:
         self._has_left = self._has_failed = self._is_done = self._is_closed = False
         self._change = threading.Condition()
         self._on_loss = self._end_process
-        threading.Thread(target=self._watch, name="roll_call_watch", daemon=True).start()
+        threading.Thread(target=self._watch, args=(messages,), name="roll_call_watch", daemon=True).start()
 
     @classmethod
     def join(cls, address: str, rank: int, num_processes: int, host: str, timeout: float) -> RollCall:
@@ -178,8 +179,10 @@ class RollCall:
         try:
             _send(connection, {"join": rank, "of": num_processes, "host": host})
             connection.settimeout(timeout + 10.0)  # process 0 may have begun to wait later than this one
-            answer = lines.receive()[0]
-        except (OSError, ValueError, IndexError) as error:
+            while not (messages := lines.receive()):
+                pass
+            answer = messages[0]
+        except (OSError, ValueError) as error:
             reason = f"process 0 at {address} ended before all {num_processes} processes had come"
             raise StartError(f"{reason}: see its output") from error
         if "refused" in answer:
@@ -190,7 +193,7 @@ class RollCall:
                 f"see whether every process was started and can reach {address}"
             )
         connection.settimeout(None)
-        return cls(lines, rank, answer["hosts"])
+        return cls(lines, rank, answer["hosts"], messages[1:])
 
     def wait_for_all(self, name: str, timeout: float) -> None:
         """Return when every process has called this with the same name; a name is used once.
@@ -222,7 +225,9 @@ class RollCall:
             self._change.wait_for(lambda: self._is_done or self._is_closed, timeout)
             return self._is_done
 
-    def _watch(self) -> None:
+    def _watch(self, messages: list[dict[str, Any]]) -> None:
+        for message in messages:
+            self._hear(message)
         while not self._is_closed:
             failure_counts = self._failure is not None and not self._has_left
             left = max(self._follow_at - time.monotonic(), 0.0) if failure_counts else None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +15,17 @@ from foejax.devices import simulated_environment
 from foejax.launch import process_environments
 from foejax.training.run_folder import read_metrics
 
-# Sends a signal to one process after one step of `foejax train`.
-TRAIN = """
+# `foejax train` of the stand-in model, in which one process gets a signal after one step.
+TRAIN_STAND_IN = """
 import functools, os, sys
+from bigram_stand_in import BigramModel
 from foejax import cli
-from foejax.training import loop
+from foejax.training import loop, run
 step_of_signal, rank, number, *arguments = sys.argv[1:]
 def after_step(step):
     if (str(step), os.environ["FOEJAX_PROCESS_ID"]) == (step_of_signal, rank):
         os.kill(os.getpid(), int(number))
+run.LanguageModel = BigramModel
 loop.train = functools.partial(loop.train, after_step=after_step)
 raise SystemExit(cli.main(arguments))
 """
@@ -29,10 +33,11 @@ raise SystemExit(cli.main(arguments))
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has ended."""
+    """A process that has ended, and when (`time.monotonic`)."""
 
     code: int
     output: str
+    at: float
 
 
 def child_environment(cache: Path) -> dict[str, str]:
@@ -60,26 +65,30 @@ def run_processes(program: str, arguments: Sequence[str], count: int, devices: i
         )
         for environment in environments
     ]
-    try:
-        outputs = [child.communicate(timeout=600)[0] for child in children]
-    finally:
-        for child in children:
+
+    def wait(child: subprocess.Popen[str]) -> Ended:
+        try:
+            output = child.communicate(timeout=600)[0]
+        finally:
             child.kill()
-    return [Ended(child.returncode, output) for child, output in zip(children, outputs, strict=True)]
+        return Ended(child.returncode, output, time.monotonic())
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(wait, children))
 
 
-def train_processes(
-    config: Path,
-    run_dir: Path,
-    cache: Path,
-    *,
-    count: int = 2,
-    devices: int = 2,
-    signal_at: tuple[int, int, int] = (0, 0, 0),
+def train_stand_in(
+    config: Path, run_dir: Path, cache: Path, signal_at: tuple[int, int, int] = (0, 0, 0)
 ) -> list[Ended]:
-    """`foejax train` in several processes; `signal_at` is (step, rank, signal) to be sent by that process to itself."""
+    """Train in two processes of two devices; `signal_at` is (step, rank, signal) for that process to send itself."""
     arguments = [*map(str, signal_at), "train", str(config), "--run-dir", str(run_dir), "--quiet"]
-    return run_processes(TRAIN, arguments, count, devices, cache)
+    return run_processes(TRAIN_STAND_IN, arguments, 2, 2, cache)
+
+
+def launch(*command: str, cache: Path, devices: int = 2) -> subprocess.CompletedProcess[str]:
+    """`foejax COMMAND` in two processes by the launcher."""
+    launcher = [sys.executable, "-m", "foejax.launch", "--nproc", "2", "--devices-per-process", str(devices), "--"]
+    return subprocess.run([*launcher, *command], env=child_environment(cache), capture_output=True, text=True)
 
 
 def figures(run_dir: Path) -> list[dict[str, float]]:

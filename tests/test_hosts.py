@@ -15,6 +15,7 @@ from foejax.devices import simulate_devices
 from sharding import hosts
 from sharding.hosts import ProcessPlace, check_hosts, describe, find_place, hosts_crossed
 from sharding.mesh import AXES
+from sharding.roll_call import EXIT_LOST
 
 
 def mesh_of(sizes: tuple[int, int, int], devices_per_process: int) -> Any:
@@ -135,3 +136,4 @@ def test_commands_of_one_process_are_refused(capsys: pytest.CaptureFixture[str])
 )
 def test_the_exit_status_is_the_cause_not_the_consequence(statuses: list[int], expected: int) -> None:
     assert launch._first_cause(statuses) == expected
+    assert launch.EXIT_LOST == EXIT_LOST
