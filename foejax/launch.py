@@ -136,7 +136,8 @@ class _Processes:
                 target.flush()
 
     def _wait(self) -> int:
-        running, statuses, deadline = len(self._children), [], float("inf")
+        statuses: list[int] = []
+        running, deadline = len(self._children), float("inf")
         while running:
             try:
                 rank, status = self._ended.get(timeout=0.2)
