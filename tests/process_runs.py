@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from foejax.devices import simulated_environment
 from foejax.launch import process_environments
 from foejax.training.run_folder import read_metrics
 
@@ -53,12 +52,11 @@ def child_environment(cache: Path) -> dict[str, str]:
 
 def run_processes(program: str, arguments: Sequence[str], count: int, devices: int, cache: Path) -> list[Ended]:
     """Run a program in `count` processes of `devices` simulated devices each until all have ended."""
-    simulated = simulated_environment(devices)
     environments = process_environments(count, devices, child_environment(cache))
     children = [
         subprocess.Popen(
             [sys.executable, "-c", program, *arguments],
-            env=environment | simulated,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
