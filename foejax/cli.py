@@ -1,10 +1,12 @@
 """The command `foejax`: thin commands over the Python API that notebooks use.
 
-JAX is imported inside the commands, so that `--help` is quick and `--devices N` can come before JAX starts.
+JAX is imported inside the commands, so that `--help` is quick and `--devices N` can come before JAX starts. A process
+that is one of several joins them first; process 0 alone writes to stdout and logs.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -18,6 +20,11 @@ EXIT_ERROR = 2
 EXIT_NON_FINITE = 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: schedulers requeue on it
 EXIT_INTERRUPTED = 130
+
+PROCESS_COMMANDS = ("train", "evaluate")
+"""Commands that run in several processes; the others run alone wherever they are started."""
+_SIGNS_OF_COMPANY = ("FOEJAX_NUM_PROCESSES", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX")
+"""Variables of which one is set wherever `sharding.hosts.find_place` finds other processes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,12 +41,15 @@ def report_errors(command: Callable[[], int]) -> int:
     try:
         return command()
     except KeyboardInterrupt:
+        _leave_processes(EXIT_INTERRUPTED, "interrupted")
         return EXIT_INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
         code = _exit_code(error)
+        _await_news_of_processes()
         if code is None or os.environ.get("FOEJAX_TRACEBACK"):
             raise
         print(f"foejax: error: {_one_line(error)}", file=sys.stderr)
+        _leave_processes(code, _one_line(error))
         return code
 
 
@@ -49,9 +59,44 @@ def _run(argv: list[str]) -> int:
     if overrides and not options.takes_overrides:
         raise ConfigError(f"--{next(iter(overrides))}: `foejax {options.command}` takes no config overrides")
     avoid_broken_reductions()
+    processes = _join_processes(options)
     if getattr(options, "devices", None):
-        simulate_devices(options.devices)
+        simulate_devices(options.devices, processes)
     return options.run(options, overrides) or 0
+
+
+def _join_processes(options: argparse.Namespace) -> int:
+    """Join the other processes of this run, where there are any; how many there are in all."""
+    if options.command not in PROCESS_COMMANDS or not any(name in os.environ for name in _SIGNS_OF_COMPANY):
+        return 1
+    from sharding import hosts
+
+    place = hosts.start()
+    if place is None:
+        return 1
+    _keep_stdout_for_results(place.process_id == 0)
+    return place.num_processes
+
+
+def _keep_stdout_for_results(is_first: bool) -> None:
+    """Let only what Python prints in process 0 reach stdout: Gloo, in C++, greets every new connection there."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    results = os.dup(1) if is_first else nowhere
+    sys.stdout = open(results, "w", buffering=1)
+    os.dup2(nowhere, 1)
+    if not is_first:
+        logging.getLogger("foejax").setLevel(logging.ERROR)
+
+
+def _await_news_of_processes() -> None:
+    if hosts := sys.modules.get("sharding.hosts"):
+        hosts.await_news()
+
+
+def _leave_processes(code: int, reason: str) -> None:
+    """End here, with the code, where this is one of several processes; they end too."""
+    if hosts := sys.modules.get("sharding.hosts"):
+        hosts.finish(code, reason)
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -78,6 +123,7 @@ def _show_log() -> None:
     """Our own log lines on stderr; stdout is for results."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("foejax")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
+    for name in ("foejax", "sharding"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)

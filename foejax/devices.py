@@ -31,21 +31,34 @@ def avoid_broken_reductions() -> None:
         os.environ["XLA_FLAGS"] = f"{given} {_YNN_FLAG}={_NO_REDUCTIONS}".strip()
 
 
-def simulate_devices(count: int) -> None:
+def simulated_environment(count: int) -> dict[str, str]:
+    """The variables with which a process started now sees `count` CPU devices."""
+    given = re.sub(rf"{_COUNT_FLAG}=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    flags = {_COUNT_FLAG: count} | {name: seconds for name, seconds in _PATIENCE.items() if name not in given}
+    xla_flags = " ".join([*given.split(), *(f"{name}={value}" for name, value in flags.items())])
+    return {"XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu"}
+
+
+def simulate_devices(count: int, processes: int = 1) -> None:
     """Make JAX see `count` CPU devices.
 
     Devices that JAX has already started with are kept where there are enough of them.
 
+    Args:
+      count: devices over all processes.
+      processes: how many there are (`sharding.hosts.start` comes first); each simulates its share.
+
     Raises:
-      ValueError: JAX has started with fewer devices, or `count` is not positive.
+      ValueError: JAX has started with fewer devices, or `count` is not positive or does not divide over the processes.
     """
     if count < 1:
         raise ValueError(f"devices={count} is not a number of devices: choose at least 1")
+    if count % processes:
+        raise ValueError(
+            f"devices={count} does not divide over {processes} processes: choose a multiple of {processes}"
+        )
     avoid_broken_reductions()
-    given = re.sub(rf"{_COUNT_FLAG}=\d+", "", os.environ.get("XLA_FLAGS", ""))
-    flags = {_COUNT_FLAG: count} | {name: seconds for name, seconds in _PATIENCE.items() if name not in given}
-    os.environ["XLA_FLAGS"] = " ".join([*given.split(), *(f"{name}={value}" for name, value in flags.items())])
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.update(simulated_environment(count // processes))
     imported_before = "jax" in sys.modules
     import jax
 

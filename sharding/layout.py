@@ -19,7 +19,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sharding.collectives import all_to_all_local, gather_param_local, vary_local
+from sharding.collectives import all_to_all_local, gather_param_local, reduce_scatter_local, vary_local
+from sharding.hosts import check_hosts
 from sharding.mesh import AXES, DATA, EXPERT, GROUP, LayoutKind, MeshSizes, make_mesh, plan_mesh
 
 LogicalAxes = tuple[str | None, ...]
@@ -74,7 +75,9 @@ class Layout:
             group=group,
             expert=expert,
         )
-        return cls(make_mesh(sizes), kind, shard_params)
+        mesh = make_mesh(sizes)
+        check_hosts(mesh, kind)
+        return cls(mesh, kind, shard_params)
 
     @classmethod
     def single_device(cls, kind: LayoutKind = "foe") -> Layout:
@@ -218,7 +221,7 @@ class Layout:
         own_ND, branch_ND = own_SND.sum(axis=0), branch_SND.sum(axis=0)
         if not self.slices_tokens:
             return own_ND + self.vary_local(lax.psum(branch_ND, GROUP))
-        return own_ND + lax.psum_scatter(self._pad_to_slices(branch_ND), GROUP, scatter_dimension=0, tiled=True)
+        return own_ND + reduce_scatter_local(self._pad_to_slices(branch_ND), GROUP, dim=0)
 
     def last_merge_local(self, out_SND: jax.Array) -> jax.Array:
         """Sum over all groups of what the last layer's experts added, [N, D]."""
@@ -234,7 +237,7 @@ class Layout:
             return total_ND
         if self.splits_heads:
             return self._slice_local(total_ND, 0)
-        return lax.psum_scatter(total_ND, GROUP, scatter_dimension=0, tiled=True)
+        return reduce_scatter_local(total_ND, GROUP, dim=0)
 
     def token_slice_local(self, x_N: jax.Array) -> jax.Array:
         """This device's slice of tokens that all devices of the `group` axis hold."""

@@ -41,9 +41,13 @@ class Dataset:
         self._train_rows = PackedRows(train, config.sequence_length, config.seed)
         self._validation_rows = PackedRows(validation, config.sequence_length, seed=None)
 
-    def train_iterator(self, process_index: int = 0, process_count: int = 1) -> TrainIterator:
-        """Endless shuffled batches; a process gets its rows of every global batch, [B / process_count, T] a field."""
-        return TrainIterator(self._train_rows, self.config.batch_size, self.fingerprint, process_index, process_count)
+    def train_iterator(self, process_index: int = 0, process_count: int = 1, accumulation: int = 1) -> TrainIterator:
+        """Endless shuffled batches; a process gets its rows of every global batch, [B / process_count, T] a field.
+
+        With `accumulation` micro-batches these are its rows of the first one, then of the second one, and so on.
+        """
+        size = self.config.batch_size
+        return TrainIterator(self._train_rows, size, self.fingerprint, process_index, process_count, accumulation)
 
     def validation_batches(
         self, batch_size: int | None = None, limit: int | None = None, process_index: int = 0, process_count: int = 1

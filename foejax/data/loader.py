@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -15,27 +15,30 @@ from foejax.data.packing import Batch, PackedRows, empty_row, stack_rows
 _READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
-def local_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    """Rows of a global batch that a process holds: the process_index-th contiguous slice.
+def local_rows(batch_size: int, process_index: int, process_count: int, accumulation: int = 1) -> list[int]:
+    """Rows of a global batch that a process holds: the process_index-th contiguous slice of every micro-batch.
+
+    Micro-batch a holds rows a B / A to (a + 1) B / A - 1, for any number of processes.
 
     Raises:
-      DataError: the batch does not divide over the processes.
+      DataError: the micro-batches do not divide over the processes.
     """
-    if batch_size % process_count:
+    if batch_size % (process_count * accumulation):
         raise DataError(
-            f"data.batch_size={batch_size} does not divide over {process_count} processes: "
-            f"choose a multiple of {process_count}"
+            f"data.batch_size={batch_size} does not divide over {process_count} processes and {accumulation} "
+            f"micro-batches: choose a multiple of {process_count * accumulation}"
         )
     if not 0 <= process_index < process_count:
         raise DataError(f"process_index={process_index} is outside 0..{process_count - 1}")
-    share = batch_size // process_count
-    return range(process_index * share, (process_index + 1) * share)
+    micro_batch = batch_size // accumulation
+    share = micro_batch // process_count
+    return [first + process_index * share + row for first in range(0, batch_size, micro_batch) for row in range(share)]
 
 
 class _BatchSource:
     """One process's part of each global batch, as Grain's random-access source."""
 
-    def __init__(self, rows: PackedRows, batch_size: int, local: range) -> None:
+    def __init__(self, rows: PackedRows, batch_size: int, local: Sequence[int]) -> None:
         self._rows, self._batch_size, self._local = rows, batch_size, local
 
     def __len__(self) -> int:
@@ -54,9 +57,16 @@ class TrainIterator(Iterator[Batch]):
     """
 
     def __init__(
-        self, rows: PackedRows, batch_size: int, fingerprint: str, process_index: int = 0, process_count: int = 1
+        self,
+        rows: PackedRows,
+        batch_size: int,
+        fingerprint: str,
+        process_index: int = 0,
+        process_count: int = 1,
+        accumulation: int = 1,
     ) -> None:
-        source = _BatchSource(rows, batch_size, local_rows(batch_size, process_index, process_count))
+        local = local_rows(batch_size, process_index, process_count, accumulation)
+        source = _BatchSource(rows, batch_size, local)
         self._iterator = grain.MapDataset.source(source).to_iter_dataset(_READ_OPTIONS).__iter__()
         self._fingerprint = fingerprint
 

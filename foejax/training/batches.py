@@ -38,8 +38,8 @@ def place_batch(batch: HostBatch, sharding: NamedSharding, accumulation: int = 1
     Args:
       batch: arrays [rows of this process, T].
       sharding: partition of [B, T] arrays, rows first.
-      accumulation: number A of micro-batches; above 1 the result is [A, B / A, T]. Each shard cuts its own rows into
-        micro-batches, so that no row changes its device.
+      accumulation: number A of micro-batches; above 1 the result is [A, B / A, T], and the process's rows are those of
+        the first micro-batch, then those of the second one, and so on.
     """
     if accumulation > 1:
         sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))

@@ -169,16 +169,21 @@ def _run_steps(run: Run, *, progress: bool, after_step: Callable[[int], None]) -
             elif validation_loss is not None:
                 reporter.restart_clock()
             if signal_name and not is_last:
-                run.store.wait()
+                _finish_writing(run)
                 raise Preempted(
                     f"{signal_name} after step {step}: the checkpoint is saved; the same command goes on from there"
                 )
             after_step(step)
-        run.store.wait()
+        _finish_writing(run)
+    return _result(run)
+
+
+def _finish_writing(run: Run) -> None:
+    """Return once the last checkpoint and every line of the log is on disk, in every process alike."""
+    run.store.wait()
     run.log.sync()
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("metrics_written")
-    return _result(run)
+        multihost_utils.sync_global_devices("run_written")
 
 
 def _evaluate(run: Run, step: int) -> float:
@@ -193,12 +198,17 @@ def _is_due(step: int, every: int) -> bool:
 
 
 class _Profiler:
-    """Traces the steps after `training.profile_start`, `training.profile_steps` of them, into RUN/profile."""
+    """Traces the steps after `training.profile_start`, `training.profile_steps` of them, into RUN/profile.
+
+    Of several processes the first one is traced.
+    """
 
     def __init__(self, run: Run) -> None:
         training = run.config.training
         self._window = range(training.profile_start + 1, training.profile_start + training.profile_steps + 1)
         self._folder, self._tracing = run.run_dir / PROFILE, False
+        if jax.process_index() != 0:
+            self._window = range(0)
 
     def __enter__(self) -> Self:
         return self

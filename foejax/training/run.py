@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from foejax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
 from foejax.data import Dataset, TrainIterator, open_dataset
@@ -19,7 +21,7 @@ from foejax.training.checkpoint import CheckpointStore
 from foejax.training.optimizer import learning_rate_schedule, make_optimizer
 from foejax.training.run_folder import CHECKPOINTS, MetricsLog, check_same_run, write_run_files
 from foejax.training.step import TrainState, TrainStep, abstract_train_state, create_train_state, make_train_step
-from sharding import Layout
+from sharding import Layout, hosts
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,8 @@ def open_run(config: RunConfig, run_dir: Path, dataset: Dataset | None) -> Run:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     dataset = dataset or open_dataset(config.data, vocab_size=config.model.vocab_size)
-    iterator = dataset.train_iterator(process_index, process_count)
+    _check_same_data(dataset)
+    iterator = dataset.train_iterator(process_index, process_count, training.gradient_accumulation)
     optimizer = make_optimizer(training)
     graphdef, params, router_state = split_model(model)
     restored = store.restore(abstract_train_state(params, router_state, optimizer, layout.mesh), config)
@@ -142,15 +145,30 @@ def _check_batch(config: RunConfig, layout: Layout) -> tuple[int, int]:
         raise ConfigError(str(error)) from error
 
 
+def _check_same_data(dataset: Dataset) -> None:
+    """ConfigError where processes have opened different texts: every host reads its own copy."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(bytes.fromhex(dataset.fingerprint), np.uint8)
+    digests = multihost_utils.process_allgather(digest)
+    others = [index for index, found in enumerate(digests) if not np.array_equal(found, digests[0])]
+    if others:
+        raise ConfigError(
+            f"the training data of process {', '.join(map(str, others))} differ from those of process 0: "
+            "give data.corpus and data.tokenizer the same files on every host"
+        )
+
+
 def make_layout(model: ModelConfig, mesh: MeshConfig) -> Layout:
-    """The layout that a config asks for on the devices there are.
+    """The layout that a config asks for on the devices there are, of all processes, which meet here.
 
     Raises:
-      ConfigError: the mesh does not fit the devices or the model.
+      ConfigError: the mesh does not fit the devices, the hosts or the model.
+      StartError: a process does not come.
     """
     kind = ("foe" if model.num_groups > 1 else "fsdp") if mesh.layout == "auto" else mesh.layout
     try:
-        return Layout.create(
+        layout = Layout.create(
             kind,
             num_groups=model.num_groups,
             num_experts=model.num_experts,
@@ -162,3 +180,5 @@ def make_layout(model: ModelConfig, mesh: MeshConfig) -> Layout:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    hosts.connect(layout.mesh)
+    return layout
