@@ -3,61 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
-from flax import nnx
-from tiny import packed_batch, relative_error, tiny_config, tiny_model
+from sharded_equality import TOLERANCE, check_equal
+from tiny import tiny_config
 
-from foejax.config import ModelConfig
-from foejax.models import LanguageModel, RoutingTrace
 from sharding import Layout
-from sharding.races import find_races
-
-TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
-
-
-def loss_gradient_logits(model: LanguageModel, remat: str = "none") -> tuple[Any, RoutingTrace]:
-    """(loss, metrics, gradient, logits) and the routing trace, from two programs without races."""
-    graphdef, params, rest = nnx.split(model, nnx.Param, nnx.Variable)
-    batch = packed_batch()
-
-    def loss(params: nnx.State, rest: nnx.State) -> Any:
-        return nnx.merge(graphdef, params, rest).loss(batch, load_balance_coef=0.01, z_loss_coef=0.001, remat=remat)
-
-    def logits(params: nnx.State, rest: nnx.State) -> Any:
-        return nnx.merge(graphdef, params, rest).logits(batch, record_routing=True)
-
-    (value, metrics), gradient = run_without_races(jax.value_and_grad(loss, has_aux=True), params, rest)
-    values, trace = run_without_races(logits, params, rest)
-    return (value, metrics, gradient, values), trace
-
-
-def run_without_races(function: Callable[..., Any], *arguments: Any) -> Any:
-    compiled = jax.jit(function).lower(*arguments).compile()
-    assert not find_races(compiled.as_text() or "")
-    return jax.tree.map(np.asarray, compiled(*arguments))
-
-
-@cache
-def on_one_device(config: ModelConfig) -> Any:
-    return loss_gradient_logits(tiny_model(config))
-
-
-def check_equal(config: ModelConfig, layout: Layout, remat: str = "none") -> None:
-    expected, expected_trace = on_one_device(config)
-    got, trace = loss_gradient_logits(tiny_model(config).with_layout(layout), remat)
-    margin = expected_trace.margins.min()
-    flips = int((trace.experts != expected_trace.experts).sum())
-    print(f"smallest router margin {margin:.3e}, flipped choices {flips}")
-    assert flips == 0, f"{flips} choices flipped; the smallest router margin is {margin:.3e}"
-    assert relative_error(got, expected) <= TOLERANCE[config.dtype]
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected[2])), "a parameter without gradient"
-
 
 IN_EVERY_RUN = {(8, 4, "float64"), (4, 2, "float64"), (2, 4, "float64"), (8, 8, "float32")}
 """Besides each number of groups on eight devices in float64; `make test-slow` runs the rest of the product."""

@@ -1,0 +1,80 @@
+"""Models on two processes of four devices equal the same models on one device, forward and gradient, in float32."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+from process_runs import run_processes
+from sharded_equality import compare
+from tiny import tiny_config, tiny_model
+
+# Every process places its shards of the given parameters; process 0 writes what the model computes.
+PROGRAM = """
+import json, pickle, sys
+import jax, numpy as np
+from flax import nnx
+from sharded_equality import loss_gradient_logits
+from tiny import tiny_config
+from foejax.models import LanguageModel
+from sharding import Layout, hosts
+given, found, kind, sizes, groups = sys.argv[1:]
+hosts.start()
+config = tiny_config(num_groups=int(groups), num_layers=2)
+layout = Layout.create(
+    kind, num_groups=config.num_groups, num_experts=config.num_experts, num_kv_heads=config.num_kv_heads,
+    **json.loads(sizes),
+)
+hosts.connect(layout.mesh)
+model = LanguageModel.abstract(config, layout)
+graphdef, state = nnx.split(model.transformer)
+leaves, structure = jax.tree.flatten(state)
+with open(given, "rb") as file:
+    values = pickle.load(file)
+placed = [
+    jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index, value=value: value[index])
+    for leaf, value in zip(leaves, values, strict=True)
+]
+model = LanguageModel(nnx.merge(graphdef, jax.tree.unflatten(structure, placed)), config, layout)
+results, trace = loss_gradient_logits(model)
+if jax.process_index() == 0:
+    with open(found, "wb") as file:
+        pickle.dump((jax.tree.leaves(results), trace), file)
+hosts.finish()
+"""
+
+LAYOUTS = [
+    ("foe", {"data": 1, "group": 4, "expert": 2}),
+    ("foe", {"data": 1, "group": 8}),
+    ("foe", {"data": 2, "group": 4}),
+    ("foe", {"data": 2, "group": 2, "expert": 2}),
+    ("ep", {"data": 1, "expert": 8}),
+    ("ep", {"data": 2, "expert": 4}),
+    ("tp", {"data": 1, "group": 8}),
+    ("tp", {"data": 2, "group": 4}),
+    ("tp_ep", {"data": 1, "group": 8}),
+    ("tp_ep", {"data": 2, "group": 4}),
+    ("fsdp", {"data": 8}),
+]
+
+
+def case(kind: str, sizes: dict[str, int]) -> object:
+    """The first one, in which both groups and experts are split, runs every time."""
+    name = "-".join([kind, *(f"{axis}{size}" for axis, size in sizes.items())])
+    return pytest.param(kind, sizes, id=name, marks=[pytest.mark.slow] * ((kind, sizes) != LAYOUTS[0]))
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [case(*layout) for layout in LAYOUTS])
+def test_two_processes_equal_one_device(kind: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    groups = 8 if kind == "foe" else 1
+    config = tiny_config(num_groups=groups, num_layers=2)
+    given, found = tmp_path / "given", tmp_path / "found"
+    given.write_bytes(pickle.dumps(jax.device_get(jax.tree.leaves(nnx.state(tiny_model(config).transformer)))))
+    arguments = [str(given), str(found), kind, json.dumps(sizes), str(groups)]
+    for ended in run_processes(PROGRAM, arguments, 2, 4, tmp_path):
+        assert ended.code == 0, ended.output
+    compare(config, pickle.loads(found.read_bytes()))
