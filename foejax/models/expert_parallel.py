@@ -31,6 +31,8 @@ EXCHANGED = "exchanged_tokens"
 
 BUFFER_SLACK = 1.25
 """First buffer size, relative to the expected number of slots per pair of devices under uniform routing."""
+WORTH_A_BRANCH = 0.9
+"""Buffers above this share of the largest ones save too little to be compiled as another branch of the program."""
 
 
 class BufferSize(NamedTuple):
@@ -57,8 +59,8 @@ def buffer_sizes(num_tokens: int, k: int, num_experts: int, num_shards: int, gro
     tokens = math.ceil(BUFFER_SLACK * num_tokens * (1.0 - missed**groups))
     outputs = math.ceil(BUFFER_SLACK * num_tokens * groups * (1.0 - missed))
     sizes = []
-    while outputs < 0.75 * num_tokens * groups:
-        sizes.append(BufferSize(tokens if tokens < 0.75 * num_tokens else num_tokens, outputs))
+    while outputs < WORTH_A_BRANCH * num_tokens * groups:
+        sizes.append(BufferSize(tokens if tokens < WORTH_A_BRANCH * num_tokens else num_tokens, outputs))
         tokens, outputs = 2 * tokens, 2 * outputs
     return (*sizes, BufferSize(num_tokens, num_tokens * groups))
 
