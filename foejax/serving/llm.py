@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jax
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import Progress
 
+from foejax.config import ConfigError
+from foejax.models import LanguageModel
 from foejax.serving.engine import Engine, Piece
 from foejax.serving.engine_config import EngineConfig
+from foejax.serving.processes import Follower, Leader, join_processes
 from foejax.serving.runner import ModelRunner
 from foejax.serving.sampling_params import SamplingParams
 from foejax.serving.scheduler import Scheduler
 from foejax.serving.scoring import PromptScorer
 from foejax.serving.sequence import FinishReason
 from foejax.serving.token_logprobs import TokenLogprobs
+from sharding import hosts
 
 if TYPE_CHECKING:
     from foejax.api import LoadedModel
@@ -117,6 +124,7 @@ class LLM:
         language_model, self.tokenizer = model.model.for_inference(), model.tokenizer
         del model  # what was loaded here makes room for the cache
         layout = language_model.layout
+        _check_same_everywhere(language_model, config)
         self.context = config.context_of(language_model.config)
         self.limits = config.limits(language_model.config, layout)
         self.runner = ModelRunner(
@@ -128,21 +136,45 @@ class LLM:
         )
         self.scorer = PromptScorer(language_model, context=self.context) if config.score_prompts else None
         self.vocab_size = language_model.config.vocab_size
-        _compile(self.runner, self.scorer, progress)
+        _compile(self.runner, self.scorer, progress and jax.process_index() == 0)
+        self._part = join_processes(self.runner, self.scorer)
         self.engine = self.make_engine()
 
     def make_engine(self) -> Engine:
-        """A fresh engine over the compiled model; it must be the only one in use."""
+        """A fresh engine over the compiled model; it must be the only one in use.
+
+        Of several processes, the engine of process 0 alone takes requests, while the others `follow`.
+        """
         tokenizer = self.tokenizer
         return Engine(
-            self.runner,
+            self._part or self.runner,
             Scheduler(self.limits),
             context=self.context,
             vocab_size=self.vocab_size,
             eos_id=tokenizer.eos_id if tokenizer else None,
             decode=tokenizer.decode if tokenizer else None,
-            scorer=self.scorer,
+            scorer=self.scorer and (self._part or self.scorer),
         )
+
+    @property
+    def part(self) -> Leader | Follower | None:
+        """What this process does in a run of several; None for one that is alone."""
+        return self._part
+
+    def follow(self) -> None:
+        """Compute what the engine of process 0 does until `release` is called there; for the other processes.
+
+        Raises:
+          ConnectionError: process 0 has gone.
+        """
+        if not isinstance(self._part, Follower):
+            raise ValueError(f"process {jax.process_index()} of {jax.process_count()} follows nobody: the others do")
+        self._part.follow()
+
+    def release(self) -> None:
+        """Let the others, where there are any, return from `follow`; for process 0."""
+        if isinstance(self._part, Leader):
+            self._part.release()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
@@ -161,6 +193,8 @@ class LLM:
     ) -> list[Completion]:
         """Continue prompts; results in their order.
 
+        Of several processes all call this together, with the same arguments, and get the same results.
+
         Args:
           params: for all, or one for each.
 
@@ -175,20 +209,52 @@ class LLM:
             Completion(self.encode(prompt), [Continuation() for _ in range(own.n)])
             for prompt, own in zip(listed, each, strict=True)
         ]
-        added: list[str] = []
+        for completion, own in zip(completions, each, strict=True):
+            self.engine.check(completion.prompt_tokens, own)
+        if isinstance(self._part, Follower):
+            return _read_completions(self._part.follow())
+        self._run(completions, each)
+        if isinstance(self._part, Leader):
+            self._part.release([asdict(completion) for completion in completions])
+        return completions
+
+    def _run(self, completions: Sequence[Completion], params: Sequence[SamplingParams]) -> None:
+        """Let the engine fill in the continuations."""
         try:
-            for index, (completion, own) in enumerate(zip(completions, each, strict=True)):
+            for index, (completion, own) in enumerate(zip(completions, params, strict=True)):
                 self.engine.add(str(index), completion.prompt_tokens, own)
-                added.append(str(index))
             while self.engine.num_unfinished:
                 for piece in self.engine.step():
                     completions[int(piece.request_id)].extend(piece)
         except BaseException:  # an interrupt too leaves an engine that can go on
-            for request_id in added:
-                self.engine.abort(request_id)
+            for index in range(len(completions)):
+                self.engine.abort(str(index))
             self.engine.step()
+            with contextlib.suppress(RuntimeError):  # the error has left the processes apart
+                self.release()
             raise
-        return completions
+
+
+def _read_completions(found: Any) -> list[Completion]:
+    """What process 0 made of the prompts."""
+    if found is None:
+        raise RuntimeError("process 0 has ended `generate` early: see its output")
+    return TypeAdapter(list[Completion]).validate_python(found)
+
+
+def _check_same_everywhere(model: LanguageModel, config: EngineConfig) -> None:
+    """
+    Raises:
+      ConfigError: processes were given different models or sizes; names them.
+    """
+    if jax.process_count() == 1:
+        return
+    text = repr((model.config, model.layout.kind, model.layout.sizes, config))
+    if others := hosts.processes_that_differ(text):
+        raise ConfigError(
+            f"model, mesh or engine sizes of process {', '.join(map(str, others))} differ from those of process 0: "
+            "start all processes with the same command"
+        )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
