@@ -47,12 +47,14 @@ def _lead(options: argparse.Namespace) -> int:
             chat_template=ChatTemplate.from_folder(folder, llm.tokenizer) if llm.tokenizer else None,
             request_timeout=options.request_timeout,
         )
+        leader = llm.part if isinstance(llm.part, Leader) else None
         server = Server(
             make_app(model),
             thread,
             drain_timeout=options.drain_timeout,
             on_ready=lambda: print(f"serving {model.name} at {url_of(bound)}", flush=True),
-            ends_too=llm.part.is_asked_to_end if isinstance(llm.part, Leader) else lambda: False,
+            # A failed engine has left the others somewhere inside a step: all have to start anew.
+            ends_too=lambda: leader is not None and (leader.is_asked_to_end() or thread.failure is not None),
         )
         all_answered = server.serve_at(bound)
         llm.release()

@@ -10,8 +10,9 @@ them keeps caches and slots alike. Between plans nobody runs anything, however l
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -44,7 +45,8 @@ class Leader:
         Raises:
           RuntimeError: an error has left the processes apart before.
         """
-        return self._together(_PLAN + plan.to_bytes(), self._runner.run, plan)
+        with self._together(_PLAN + plan.to_bytes()):
+            return self._runner.run(plan)
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[list[TokenLogprobs]]:
         """Score prompts together with the others.
@@ -53,9 +55,8 @@ class Leader:
           RuntimeError: see `run`.
         """
         assert self._scorer is not None, "nobody scores prompts"
-        return self._together(
-            _PROMPTS + json.dumps([list(prompt) for prompt in prompts]).encode(), self._scorer.score, prompts
-        )
+        with self._together(_PROMPTS + json.dumps([list(prompt) for prompt in prompts]).encode()):
+            return self._scorer.score(prompts)
 
     def release(self, result: Any = None) -> None:
         """Let the others return from `Follower.follow`, which gives them `result` (what JSON can express).
@@ -70,13 +71,17 @@ class Leader:
         """Whether another process has been told to end."""
         return self._sender.is_asked_to_end()
 
-    def _together(self, message: bytes, compute: Any, argument: Any) -> Any:
+    @contextlib.contextmanager
+    def _together(self, message: bytes) -> Iterator[None]:
         self._check_together()
         self._is_apart = True  # until all is well; an interrupt counts too
-        self._sender.send(message)
-        result = compute(argument)
+        try:
+            self._sender.send(message)
+            yield
+        except Exception:
+            hosts.await_news()
+            raise
         self._is_apart = False
-        return result
 
     def _check_together(self) -> None:
         if self._is_apart:
