@@ -97,6 +97,7 @@ def main() -> None:
     kind, num_layers, sizes, folder = sys.argv[1:]
     hosts.start()
     seen = see(make_llm(kind, int(num_layers), json.loads(sizes)))  # type: ignore[arg-type]
+    seen["others"] = hosts.processes_that_differ(f"process {jax.process_index()}")
     (Path(folder) / f"{jax.process_index()}.json").write_text(json.dumps(seen), encoding="utf-8")
     hosts.finish()
 

@@ -6,8 +6,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import serving_scenario
@@ -15,15 +17,21 @@ from process_runs import run_processes
 from server_fakes import CONTEXT, LIMITS, FakeScorer
 from serving_fakes import END, VOCABULARY, FakeDevices
 from serving_scenario import make_llm, see
+from tiny import tiny_config
 
+from foejax.config import ConfigError
+from foejax.serving import engine_config
+from foejax.serving import llm as llm_module
 from foejax.serving.engine import Engine
+from foejax.serving.engine_config import EngineConfig
 from foejax.serving.processes import Follower, Leader
 from foejax.serving.runner import StepResult
 from foejax.serving.sampling_params import SamplingParams
 from foejax.serving.scheduler import Scheduler
 from foejax.serving.step_plan import StepPlan
-from sharding import LayoutKind
+from sharding import LayoutKind, hosts
 from sharding.broadcast import Receiver, Sender
+from sharding.mesh import MeshSizes
 from sharding.roll_call import listen
 
 
@@ -51,6 +59,7 @@ def check_scenario(kind: LayoutKind, num_layers: int, sizes: dict[str, int], dev
         assert ended.code == 0, ended.output
     first, second = (json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
     expected = json.loads(json.dumps(see(make_llm(kind, num_layers, sizes))))
+    assert first.pop("others") == second.pop("others") == [1]
     assert_same(first, expected)
     assert second == {"completions": first["completions"], "races": []}
     assert expected["races"] == [] and expected["held_share"] == 0
@@ -78,6 +87,39 @@ def test_other_layouts_over_two_processes(
     kind: LayoutKind, sizes: dict[str, int], devices: int, tmp_path: Path
 ) -> None:
     check_scenario(kind, 2, sizes, devices, tmp_path)
+
+
+# What the processes have to agree on
+
+
+def test_processes_with_other_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process compiles what its own sizes ask for; programs that differ would wait for each other."""
+    texts: list[str] = []
+
+    def differ(text: str) -> list[int]:
+        texts.append(text)
+        return [1] if len(set(texts)) > 1 else []
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "processes_that_differ", differ)
+    model = SimpleNamespace(config=tiny_config(), layout=SimpleNamespace(kind="foe", sizes=MeshSizes(1, 2, 1)))
+    for _ in range(2):
+        llm_module._check_same_everywhere(model, EngineConfig(max_sequences=8))
+    with pytest.raises(
+        ConfigError, match="engine sizes of process 1 differ .* start all processes with the same command"
+    ):
+        llm_module._check_same_everywhere(model, EngineConfig(max_sequences=9))
+
+
+def test_the_cache_takes_what_the_fullest_gpu_has_left() -> None:
+    def gpu(free: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            platform="gpu", memory_stats=lambda: {"bytes_limit": 80 << 30, "bytes_in_use": (80 << 30) - free}
+        )
+
+    own = [gpu(20 << 30), gpu(10 << 30), gpu(30 << 30)]
+    mesh = SimpleNamespace(local_devices=own, devices=np.array(own))
+    assert engine_config._memory_for_cache(SimpleNamespace(mesh=mesh)) == 8 << 30
 
 
 # Who leads and who follows, on fake devices

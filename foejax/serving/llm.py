@@ -94,6 +94,10 @@ class LLM:
         llm = LLM("runs/first")
         for completion in llm.generate(["To be", "or not"], SamplingParams(max_tokens=40, temperature=0)):
             print(completion.text)
+
+    Attributes:
+      engine: takes requests; of several processes, that of process 0 alone.
+      part: what this process does in a run of several; None for one that is alone.
     """
 
     def __init__(
@@ -137,29 +141,21 @@ class LLM:
         self.scorer = PromptScorer(language_model, context=self.context) if config.score_prompts else None
         self.vocab_size = language_model.config.vocab_size
         _compile(self.runner, self.scorer, progress and jax.process_index() == 0)
-        self._part = join_processes(self.runner, self.scorer)
+        self.part = join_processes(self.runner, self.scorer)
         self.engine = self.make_engine()
 
     def make_engine(self) -> Engine:
-        """A fresh engine over the compiled model; it must be the only one in use.
-
-        Of several processes, the engine of process 0 alone takes requests, while the others `follow`.
-        """
+        """A fresh engine over the compiled model; it must be the only one in use."""
         tokenizer = self.tokenizer
         return Engine(
-            self._part or self.runner,
+            self.part or self.runner,
             Scheduler(self.limits),
             context=self.context,
             vocab_size=self.vocab_size,
             eos_id=tokenizer.eos_id if tokenizer else None,
             decode=tokenizer.decode if tokenizer else None,
-            scorer=self.scorer and (self._part or self.scorer),
+            scorer=self.scorer and (self.part or self.scorer),
         )
-
-    @property
-    def part(self) -> Leader | Follower | None:
-        """What this process does in a run of several; None for one that is alone."""
-        return self._part
 
     def follow(self) -> None:
         """Compute what the engine of process 0 does until `release` is called there; for the other processes.
@@ -167,14 +163,14 @@ class LLM:
         Raises:
           ConnectionError: process 0 has gone.
         """
-        if not isinstance(self._part, Follower):
+        if not isinstance(self.part, Follower):
             raise ValueError(f"process {jax.process_index()} of {jax.process_count()} follows nobody: the others do")
-        self._part.follow()
+        self.part.follow()
 
     def release(self) -> None:
         """Let the others, where there are any, return from `follow`; for process 0."""
-        if isinstance(self._part, Leader):
-            self._part.release()
+        if isinstance(self.part, Leader):
+            self.part.release()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
@@ -211,11 +207,11 @@ class LLM:
         ]
         for completion, own in zip(completions, each, strict=True):
             self.engine.check(completion.prompt_tokens, own)
-        if isinstance(self._part, Follower):
-            return _read_completions(self._part.follow())
+        if isinstance(self.part, Follower):
+            return _read_completions(self.part.follow())
         self._run(completions, each)
-        if isinstance(self._part, Leader):
-            self._part.release([asdict(completion) for completion in completions])
+        if isinstance(self.part, Leader):
+            self.part.release([asdict(completion) for completion in completions])
         return completions
 
     def _run(self, completions: Sequence[Completion], params: Sequence[SamplingParams]) -> None:
