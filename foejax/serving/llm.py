@@ -216,15 +216,17 @@ class LLM:
 
     def _run(self, completions: Sequence[Completion], params: Sequence[SamplingParams]) -> None:
         """Let the engine fill in the continuations."""
+        added: list[str] = []
         try:
             for index, (completion, own) in enumerate(zip(completions, params, strict=True)):
                 self.engine.add(str(index), completion.prompt_tokens, own)
+                added.append(str(index))
             while self.engine.num_unfinished:
                 for piece in self.engine.step():
                     completions[int(piece.request_id)].extend(piece)
         except BaseException:  # an interrupt too leaves an engine that can go on
-            for index in range(len(completions)):
-                self.engine.abort(str(index))
+            for request_id in added:
+                self.engine.abort(request_id)
             self.engine.step()
             with contextlib.suppress(RuntimeError):  # the error has left the processes apart
                 self.release()
