@@ -21,7 +21,7 @@ EXIT_NON_FINITE = 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: schedulers requeue on it
 EXIT_INTERRUPTED = 130
 
-PROCESS_COMMANDS = ("train", "evaluate")
+PROCESS_COMMANDS = ("train", "evaluate", "serve")
 """Commands that run in several processes; the others run alone wherever they are started."""
 _SIGNS_OF_COMPANY = ("FOEJAX_NUM_PROCESSES", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX")
 """Variables of which one is set wherever `sharding.hosts.find_place` finds other processes."""

@@ -1,8 +1,9 @@
 """One command in several processes of one machine: `python -m foejax.launch --nproc N -- train foe_tiny ...`.
 
 Every process gets its share of the GPUs, or simulates `--devices-per-process` CPU devices. Each line of output is led
-by the number of its process. The first SIGTERM or Ctrl-C asks all of them to stop (`train` saves), the second one ends
-them. When one process ends in any way but well, the others end too, and its exit status is the launcher's.
+by the number of its process. The first SIGTERM or Ctrl-C asks all of them to stop (`train` saves, `serve` finishes what
+runs), the second one ends them. When one process ends in any way but well, the others end too, and its exit status is
+the launcher's.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from foejax.devices import simulated_environment
 
 EXIT_LOST = 69
 """Of a process that ended because another one had: `sharding.roll_call`."""
+_COMMANDS = f"{', '.join(PROCESS_COMMANDS[:-1])} or {PROCESS_COMMANDS[-1]}"
 GRACE = 20.0
 """Seconds in which the others end by themselves, and say why, after one process has ended badly."""
 
@@ -36,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(own)
     try:
         if not command or command[0] not in PROCESS_COMMANDS:
-            raise ValueError(
-                f"command {command[:1]} does not run in several processes: give train or evaluate after --"
-            )
+            raise ValueError(f"command {command[:1]} does not run in several processes: give {_COMMANDS} after --")
         environments = process_environments(options.nproc, options.devices_per_process, os.environ)
     except ValueError as error:
         print(f"foejax.launch: error: {error}", file=sys.stderr)
@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m foejax.launch",
         usage="%(prog)s --nproc N [--devices-per-process M] [--start-timeout S] -- COMMAND ...",
-        description="Run `foejax COMMAND` (train or evaluate) in several processes of this machine.",
+        description=f"Run `foejax COMMAND` ({_COMMANDS}) in several processes of this machine.",
         epilog="example: python -m foejax.launch --nproc 2 --devices-per-process 4 -- train foe_tiny --run-dir runs/2",
     )
     parser.add_argument("--nproc", type=_positive, required=True, metavar="N", help="number of processes")

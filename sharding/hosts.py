@@ -11,9 +11,11 @@ who has not come and who is lost.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import itertools
 import logging
 import os
+import secrets
 import socket
 import sys
 import time
@@ -25,6 +27,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sharding.broadcast import Receiver, Sender
 from sharding.collectives import vary_local
 from sharding.relay import relay_to
 from sharding.roll_call import FAILURE_GRACE, RollCall, RollCallServer, is_loopback, listen
@@ -278,8 +281,7 @@ def connect(mesh: Mesh) -> None:
     """
     if jax.process_count() == 1:
         return
-    if _joined is not None:
-        _joined.roll_call.wait_for_all(f"mesh {next(_joined.meetings)}", _joined.timeout)
+    _meet("mesh")
     axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
     subsets = [subset for size in range(1, len(axes) + 1) for subset in itertools.combinations(axes, size)]
 
@@ -296,3 +298,41 @@ def connect(mesh: Mesh) -> None:
     multihost_utils.sync_global_devices("connected")
     if jax.process_index() == 0:
         logger.info("%s", describe(mesh))
+
+
+def processes_that_differ(text: str) -> list[int]:
+    """Processes whose text is not that of process 0; all processes of the run call this together.
+
+    Raises:
+      StartError: a process does not come within the start timeout; names it.
+    """
+    _meet("check")
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    digests = np.atleast_2d(multihost_utils.process_allgather(digest))
+    return [index for index, found in enumerate(digests) if not np.array_equal(found, digests[0])]
+
+
+def open_broadcast() -> Sender | Receiver:
+    """The way from process 0, which gets its Sender, to all others; all processes of the run call this together.
+
+    Raises:
+      ValueError: the processes were not started by `start`.
+      StartError: a process does not come within the start timeout; names it.
+    """
+    if _joined is None:
+        raise ValueError("these processes have not met by name: call sharding.hosts.start() before JAX is used")
+    _meet("broadcast")
+    place, timeout = _joined.place, _joined.timeout
+    host = place.coordinator.rpartition(":")[0]
+    if place.process_id == 0:
+        listener, key = listen(f"{host}:0"), secrets.randbits(31)
+        multihost_utils.broadcast_one_to_all(np.array([listener.getsockname()[1], key], np.int32))
+        return Sender(listener, place.num_processes, key, timeout)
+    port, key = map(int, multihost_utils.broadcast_one_to_all(np.zeros(2, np.int32)))
+    return Receiver(f"{host}:{port}", place.process_id, key, timeout)
+
+
+def _meet(why: str) -> None:
+    """Wait for all processes; devices that wait for each other instead may give up sooner, and name nobody."""
+    if _joined is not None:
+        _joined.roll_call.wait_for_all(f"{why} {next(_joined.meetings)}", _joined.timeout)

@@ -177,18 +177,22 @@ def started(**options: Any) -> Iterator[FakeServer]:
 
 
 @contextlib.contextmanager
-def serving(*, drain_timeout: float = 10.0, **options: Any) -> Iterator[FakeServer]:
+def serving(
+    *, drain_timeout: float = 10.0, ends_too: Callable[[], bool] = lambda: False, **options: Any
+) -> Iterator[FakeServer]:
     """A fake behind a real socket, in a thread."""
-    with serving_model(make_fake(**options), drain_timeout) as fake:
+    with serving_model(make_fake(**options), drain_timeout, ends_too) as fake:
         yield fake
 
 
 @contextlib.contextmanager
-def serving_model(fake: FakeServer, drain_timeout: float = 10.0) -> Iterator[FakeServer]:
+def serving_model(
+    fake: FakeServer, drain_timeout: float = 10.0, ends_too: Callable[[], bool] = lambda: False
+) -> Iterator[FakeServer]:
     ready, bound = threading.Event(), bind("127.0.0.1", 0)
     fake.url = url_of(bound)
     app = make_app(fake.model)
-    fake.server = Server(app, fake.thread, drain_timeout=drain_timeout, on_ready=ready.set)
+    fake.server = Server(app, fake.thread, drain_timeout=drain_timeout, on_ready=ready.set, ends_too=ends_too)
     running = threading.Thread(target=lambda: fake.ended.append(fake.server.serve_at(bound)), daemon=True)
     running.start()
     assert ready.wait(20)

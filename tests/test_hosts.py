@@ -130,7 +130,7 @@ def test_simulated_devices_are_the_same_number_in_every_process() -> None:
 def test_commands_of_one_process_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--nproc", "2", "--", "generate", "runs/first"], ["--nproc", "2"]):
         assert launch.main(arguments) == 2
-        assert "give train or evaluate after --" in capsys.readouterr().err
+        assert "give train, evaluate or serve after --" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

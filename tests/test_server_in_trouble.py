@@ -79,6 +79,23 @@ def test_draining_can_be_cut_short(how: str) -> None:
         assert time.monotonic() - start < 4
 
 
+def test_a_server_drains_where_another_process_is_told_to_end() -> None:
+    told = threading.Event()
+    with (
+        serving(ends_too=told.is_set) as fake,
+        client_of(fake) as client,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        fake.runner.held_up(),
+    ):
+        running = pool.submit(client.completions.create, model=NAME, prompt=LONG, max_tokens=9)
+        wait_until(lambda: fake.thread.num_running == 1)
+        told.set()
+        wait_until(lambda: httpx.get(f"{fake.url}/health").status_code == 503)
+        fake.runner.open.set()
+        assert running.result(20).choices[0].text == expected_text(encode(LONG), 9)
+        wait_until(lambda: fake.ended == [True])
+
+
 def test_an_engine_that_fails_is_503_from_then_on() -> None:
     with serving(pause=0.02) as fake, client_of(fake) as client:
         stream = client.completions.create(model=NAME, prompt=LONG, max_tokens=50, stream=True)

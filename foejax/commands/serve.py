@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foejax.commands.engine_options import engine_config_of
 from foejax.config import ConfigError
+
+if TYPE_CHECKING:
+    from foejax.serving.llm import LLM
 
 EXIT_CUT_OFF = 130
 """Stopped while requests ran."""
@@ -16,18 +20,25 @@ _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "jinja2")
 
 
 def run_serve(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    """Load, compile, serve until a signal, finish what runs."""
+    """Load, compile, serve until a signal, finish what runs; of several processes, process 0 has the server."""
+    import jax
+
+    if jax.process_index() == 0:
+        return _lead(options)
+    return _follow(options)
+
+
+def _lead(options: argparse.Namespace) -> int:
     _check_packages()
     from foejax.serving.engine_thread import EngineThread
-    from foejax.serving.llm import LLM
+    from foejax.serving.processes import Leader
     from foejax.serving.server.app import ServedModel, make_app
     from foejax.serving.server.chat_template import ChatTemplate
     from foejax.serving.server.process import Server, bind, url_of
 
-    config = engine_config_of(options, score_prompts=True, report_experts=True)
     with bind(options.host, options.port) as bound:  # an address in use is told before the minutes of loading
         folder = Path(options.folder)
-        llm = LLM(folder, config, devices=options.devices or 0, dtype=options.dtype)
+        llm = _load(options)
         thread = EngineThread(llm.engine, max_waiting=options.max_waiting)
         model = ServedModel(
             name=options.name or folder.resolve().name,
@@ -36,13 +47,37 @@ def run_serve(options: argparse.Namespace, overrides: dict[str, Any]) -> int:
             chat_template=ChatTemplate.from_folder(folder, llm.tokenizer) if llm.tokenizer else None,
             request_timeout=options.request_timeout,
         )
+        leader = llm.part if isinstance(llm.part, Leader) else None
         server = Server(
             make_app(model),
             thread,
             drain_timeout=options.drain_timeout,
             on_ready=lambda: print(f"serving {model.name} at {url_of(bound)}", flush=True),
+            # A failed engine has left the others somewhere inside a step: all have to start anew.
+            ends_too=lambda: leader is not None and (leader.is_asked_to_end() or thread.failure is not None),
         )
-        return 0 if server.serve_at(bound) else EXIT_CUT_OFF
+        all_answered = server.serve_at(bound)
+        llm.release()
+        return 0 if all_answered else EXIT_CUT_OFF
+
+
+def _follow(options: argparse.Namespace) -> int:
+    """Compute what process 0 serves; a signal here makes process 0 end as if it came there."""
+    from foejax.serving.processes import Follower
+
+    llm = _load(options)
+    assert isinstance(llm.part, Follower)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_, part=llm.part: part.ask_to_end())
+    llm.follow()
+    return 0
+
+
+def _load(options: argparse.Namespace) -> LLM:
+    from foejax.serving.llm import LLM
+
+    config = engine_config_of(options, score_prompts=True, report_experts=True)
+    return LLM(Path(options.folder), config, devices=options.devices or 0, dtype=options.dtype)
 
 
 def _check_packages() -> None:

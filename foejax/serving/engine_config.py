@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from foejax.config import ConfigError, ModelConfig
 from foejax.serving.expert_budget import ExpertBudget
@@ -149,9 +150,10 @@ def _prefill_shapes(num_tokens: int, context: int) -> tuple[tuple[int, int], ...
 
 
 def _memory_for_cache(layout: Layout) -> int:
-    """Bytes on each device."""
-    device: jax.Device = layout.mesh.devices.flat[0]
-    statistics = device.memory_stats() if device.platform == "gpu" else None
-    if not statistics:
+    """Bytes on each device, the same in all processes, which call this together."""
+    statistics = [device.memory_stats() if device.platform == "gpu" else None for device in layout.mesh.local_devices]
+    free = min((found["bytes_limit"] - found["bytes_in_use"] for found in statistics if found), default=0)
+    if not free:
         return _CACHE_BYTES_WITHOUT_GPU // layout.mesh.devices.size
-    return int(_SHARE_OF_FREE_GPU_MEMORY * (statistics["bytes_limit"] - statistics["bytes_in_use"]))
+    mebibytes = np.int32(_SHARE_OF_FREE_GPU_MEMORY * free / (1 << 20))
+    return int(np.min(multihost_utils.process_allgather(mebibytes))) << 20

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jax
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import Progress
 
+from foejax.config import ConfigError
+from foejax.models import LanguageModel
 from foejax.serving.engine import Engine, Piece
 from foejax.serving.engine_config import EngineConfig
+from foejax.serving.processes import Follower, Leader, join_processes
 from foejax.serving.runner import ModelRunner
 from foejax.serving.sampling_params import SamplingParams
 from foejax.serving.scheduler import Scheduler
 from foejax.serving.scoring import PromptScorer
 from foejax.serving.sequence import FinishReason
 from foejax.serving.token_logprobs import TokenLogprobs
+from sharding import hosts
 
 if TYPE_CHECKING:
     from foejax.api import LoadedModel
@@ -87,6 +94,10 @@ class LLM:
         llm = LLM("runs/first")
         for completion in llm.generate(["To be", "or not"], SamplingParams(max_tokens=40, temperature=0)):
             print(completion.text)
+
+    Attributes:
+      engine: takes requests; of several processes, that of process 0 alone.
+      part: what this process does in a run of several; None for one that is alone.
     """
 
     def __init__(
@@ -117,6 +128,7 @@ class LLM:
         language_model, self.tokenizer = model.model.for_inference(), model.tokenizer
         del model  # what was loaded here makes room for the cache
         layout = language_model.layout
+        _check_same_everywhere(language_model, config)
         self.context = config.context_of(language_model.config)
         self.limits = config.limits(language_model.config, layout)
         self.runner = ModelRunner(
@@ -128,21 +140,37 @@ class LLM:
         )
         self.scorer = PromptScorer(language_model, context=self.context) if config.score_prompts else None
         self.vocab_size = language_model.config.vocab_size
-        _compile(self.runner, self.scorer, progress)
+        _compile(self.runner, self.scorer, progress and jax.process_index() == 0)
+        self.part = join_processes(self.runner, self.scorer)
         self.engine = self.make_engine()
 
     def make_engine(self) -> Engine:
         """A fresh engine over the compiled model; it must be the only one in use."""
         tokenizer = self.tokenizer
         return Engine(
-            self.runner,
+            self.part or self.runner,
             Scheduler(self.limits),
             context=self.context,
             vocab_size=self.vocab_size,
             eos_id=tokenizer.eos_id if tokenizer else None,
             decode=tokenizer.decode if tokenizer else None,
-            scorer=self.scorer,
+            scorer=self.scorer and (self.part or self.scorer),
         )
+
+    def follow(self) -> None:
+        """Compute what the engine of process 0 does until `release` is called there; for the other processes.
+
+        Raises:
+          ConnectionError: process 0 has gone.
+        """
+        if not isinstance(self.part, Follower):
+            raise ValueError(f"process {jax.process_index()} of {jax.process_count()} follows nobody: the others do")
+        self.part.follow()
+
+    def release(self) -> None:
+        """Let the others, where there are any, return from `follow`; for process 0."""
+        if isinstance(self.part, Leader):
+            self.part.release()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
@@ -161,6 +189,8 @@ class LLM:
     ) -> list[Completion]:
         """Continue prompts; results in their order.
 
+        Of several processes all call this together, with the same arguments, and get the same results.
+
         Args:
           params: for all, or one for each.
 
@@ -175,9 +205,20 @@ class LLM:
             Completion(self.encode(prompt), [Continuation() for _ in range(own.n)])
             for prompt, own in zip(listed, each, strict=True)
         ]
+        for completion, own in zip(completions, each, strict=True):
+            self.engine.check(completion.prompt_tokens, own)
+        if isinstance(self.part, Follower):
+            return _read_completions(self.part.follow())
+        self._run(completions, each)
+        if isinstance(self.part, Leader):
+            self.part.release([asdict(completion) for completion in completions])
+        return completions
+
+    def _run(self, completions: Sequence[Completion], params: Sequence[SamplingParams]) -> None:
+        """Let the engine fill in the continuations."""
         added: list[str] = []
         try:
-            for index, (completion, own) in enumerate(zip(completions, each, strict=True)):
+            for index, (completion, own) in enumerate(zip(completions, params, strict=True)):
                 self.engine.add(str(index), completion.prompt_tokens, own)
                 added.append(str(index))
             while self.engine.num_unfinished:
@@ -187,8 +228,31 @@ class LLM:
             for request_id in added:
                 self.engine.abort(request_id)
             self.engine.step()
+            with contextlib.suppress(RuntimeError):  # the error has left the processes apart
+                self.release()
             raise
-        return completions
+
+
+def _read_completions(found: Any) -> list[Completion]:
+    """What process 0 made of the prompts."""
+    if found is None:
+        raise RuntimeError("process 0 has ended `generate` early: see its output")
+    return TypeAdapter(list[Completion]).validate_python(found)
+
+
+def _check_same_everywhere(model: LanguageModel, config: EngineConfig) -> None:
+    """
+    Raises:
+      ConfigError: processes were given different models or sizes; names them.
+    """
+    if jax.process_count() == 1:
+        return
+    text = repr((model.config, model.layout.kind, model.layout.sizes, config))
+    if others := hosts.processes_that_differ(text):
+        raise ConfigError(
+            f"model, mesh or engine sizes of process {', '.join(map(str, others))} differ from those of process 0: "
+            "start all processes with the same command"
+        )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

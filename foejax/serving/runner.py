@@ -38,6 +38,7 @@ from foejax.serving.expert_budget import ExpertBudget, ExpertReads, ExpertSums, 
 from foejax.serving.scheduler import SchedulerLimits, StepTokens
 from foejax.serving.step_plan import SlotLoad, StepPlan
 from foejax.serving.token_logprobs import TokenLogprobs
+from sharding import to_host
 from sharding.mesh import GROUP
 
 LOADS = 8
@@ -126,7 +127,7 @@ class ModelRunner:
         self._state, output = self._programs[shape](
             self._params, self._state, self._settings, packed, np.asarray(plan.logprobs)
         )
-        sampled, sums = jax.device_get(output)
+        sampled, sums = to_host.read(output)
         experts = read_expert_sums(sums, self.layout.num_token_shards_of_experts) if sums is not None else None
         return _read(plan, shape, sampled)._replace(experts=experts)
 
@@ -206,12 +207,10 @@ class ModelRunner:
                     num_steps=shape.decode_steps,
                     select_fn=self._select_fn,
                 )
-            return state, jax.tree.map(lambda field: field[None], self._reported(output))
+            return state, self._reported(output)
 
         def run(params: nnx.State, *inputs: Any) -> tuple[DeviceState, _Output]:
-            sampled: Any = PartitionSpec(GROUP, None, layout.token_axes)
-            experts: Any = PartitionSpec(layout.token_axes, *layout.group_spec(2))
-            out_specs = (states, (sampled, experts))
+            out_specs = (states, tuple(map(to_host.readable_spec, self._output_specs())))
             mapped = run_on_mesh(nnx.merge(graphdef, params), layout, program, in_specs, out_specs)
             done: tuple[DeviceState, _Output] = mapped(inputs)
             return done
@@ -223,10 +222,25 @@ class ModelRunner:
             self._params, self._state, self._settings, packed, np.asarray(False)
         )
 
+    def _output_specs(self) -> tuple[PartitionSpec, PartitionSpec]:
+        """Partitions of the fields of an `_Output`: [Z, steps, shards * rows, ...] and [shards, steps, layers, H, ...].
+
+        The devices of the `group` axis sample alike; where results are gathered, one copy is enough.
+        """
+        copies = GROUP if jax.process_count() == 1 else None
+        token_axes = self.layout.token_axes
+        return PartitionSpec(copies, None, token_axes), PartitionSpec(token_axes, *self.layout.group_spec(2))
+
     def _reported(self, output: StepOutput) -> _Output:
+        """What leaves the program of one device."""
+        sampled_spec, experts_spec = self._output_specs()
+        sampled = jax.tree.map(lambda field: to_host.readable_local(field[None], sampled_spec), output.sampled)
         if not self._report_experts:
-            return output.sampled, None
-        return output.sampled, jax.tree.map(self.layout.sum_over_group_tokens_local, output.experts)
+            return sampled, None
+        return sampled, jax.tree.map(
+            lambda sums: to_host.readable_local(self.layout.sum_over_group_tokens_local(sums)[None], experts_spec),
+            output.experts,
+        )
 
     @property
     def _row_width(self) -> int:
@@ -244,14 +258,12 @@ class ModelRunner:
 
     def _pack_loads(self, loads: Sequence[SlotLoad]) -> SlotLoads:
         slots = self.limits.max_sequences
-        place = np.full(LOADS, self.limits.num_shards * slots, np.int32)
-        tokens = np.zeros((LOADS, self.context + 1), np.int32)
+        place: Any = np.full(LOADS, self.limits.num_shards * slots, np.int32)
+        tokens: Any = np.zeros((LOADS, self.context + 1), np.int32)
         for index, load in enumerate(loads):
             place[index] = load.shard * slots + load.slot
             tokens[index, : len(load.tokens)] = load.tokens
-        return SlotLoads(
-            jnp.asarray(place), jnp.asarray(tokens), _settings(loads, LOADS, high_precision(self.config.dtype))
-        )
+        return SlotLoads(place, tokens, _settings(loads, LOADS, high_precision(self.config.dtype)))
 
 
 def _settings(loads: Sequence[SlotLoad], count: int, dtype: Any) -> SlotSettings:

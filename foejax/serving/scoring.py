@@ -23,7 +23,7 @@ from foejax.models.language_model import run_on_mesh
 from foejax.models.transformer import Transformer, logits_of
 from foejax.serving.sampling_params import LARGEST_TOP_LOGPROBS
 from foejax.serving.token_logprobs import TokenLogprobs, logprobs_of
-from sharding import Layout
+from sharding import Layout, to_host
 from sharding.mesh import GROUP
 
 _ROWS_AT_A_TIME = 64
@@ -43,16 +43,19 @@ class PromptScorer:
     def compile(self) -> None:
         """Compile the one program."""
         layout, graphdef = self._layout, self._graphdef
+        # The devices of the `group` axis score alike; where results are gathered, one copy is enough.
+        scores = PartitionSpec(GROUP if jax.process_count() == 1 else None, layout.token_axes)
 
         def program(transformer: Transformer, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             tokens_PT, lengths_P = jax.tree.map(layout.vary_local, inputs)
             found = score_local(transformer, tokens_PT, lengths_P, layout)
-            return tuple(field.reshape(1, *tokens_PT.shape, *field.shape[1:]) for field in found)
+            fields = (field.reshape(1, *tokens_PT.shape, *field.shape[1:]) for field in found)
+            return tuple(to_host.readable_local(field, scores) for field in fields)
 
         def run(params: nnx.State, tokens: jax.Array, lengths: jax.Array) -> Any:
-            scores: Any = PartitionSpec(GROUP, layout.token_axes)
             in_specs = (layout.batch_spec(None), layout.batch_spec())
-            return run_on_mesh(nnx.merge(graphdef, params), layout, program, in_specs, scores)((tokens, lengths))
+            out_specs = to_host.readable_spec(scores)
+            return run_on_mesh(nnx.merge(graphdef, params), layout, program, in_specs, out_specs)((tokens, lengths))
 
         self._program = jax.jit(run).lower(self._params, *self._pack([])).compile()
 
@@ -63,7 +66,7 @@ class PromptScorer:
         shards = self._layout.num_token_shards
         for start in range(0, len(prompts), shards):
             batch = prompts[start : start + shards]
-            fields = [field[0] for field in jax.device_get(self._program(self._params, *self._pack(batch)))]
+            fields = [field[0] for field in to_host.read(self._program(self._params, *self._pack(batch)))]
             for row, prompt in enumerate(batch):
                 own, tokens, logprobs = (field[row, : len(prompt) - 1].tolist() for field in fields)
                 places = zip(own, map(tuple, tokens), map(tuple, logprobs), strict=True)

@@ -7,7 +7,8 @@ tokens sampled since are on the device already.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from array import array
+from dataclasses import dataclass
 from typing import Self
 
 
@@ -74,17 +75,40 @@ class StepPlan:
     decode_steps: int
     logprobs: bool
 
-    def to_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+    def to_bytes(self) -> bytes:
+        """A line of JSON, in which blocks and tokens are counted, and these themselves as int32 behind it."""
+        numbers = array("i")
+
+        def count(values: tuple[int, ...]) -> int:
+            numbers.extend(values)
+            return len(values)
+
+        fields = {name: getattr(self, name) for name in ("number", "prefill_length", "decode_steps", "logprobs")}
+        fields["loads"] = [vars(load) | {"tokens": count(load.tokens)} for load in self.loads]
+        for section in ("decode", "prefill"):
+            fields[section] = [
+                [(row.slot, row.start, row.length, count(row.blocks), row.samples) for row in rows]
+                for rows in getattr(self, section)
+            ]
+        return json.dumps(fields, separators=(",", ":")).encode() + b"\n" + numbers.tobytes()
 
     @classmethod
-    def from_json(cls, line: str) -> Self:
-        """The plan that `to_json` wrote."""
-        fields = json.loads(line)
+    def from_bytes(cls, data: bytes) -> Self:
+        """The plan that `to_bytes` wrote."""
+        line, _, rest = data.partition(b"\n")
+        fields, numbers, at = json.loads(line), tuple(array("i", rest)), 0
 
-        def rows(shards: list[list[dict[str, object]]]) -> tuple[tuple[Row, ...], ...]:
-            return tuple(tuple(Row(**row | {"blocks": tuple(row["blocks"])}) for row in shard) for shard in shards)  # type: ignore[arg-type]
+        def take(count: int) -> tuple[int, ...]:
+            nonlocal at
+            at += count
+            return numbers[at - count : at]
 
-        loads = tuple(SlotLoad(**load | {"tokens": tuple(load["tokens"])}) for load in fields["loads"])
-        return cls(**fields | {"loads": loads, "decode": rows(fields["decode"]), "prefill": rows(fields["prefill"])})
+        loads = tuple(SlotLoad(**load | {"tokens": take(load["tokens"])}) for load in fields["loads"])
+        sections = {
+            section: tuple(
+                tuple(Row(slot, start, length, take(blocks), samples) for slot, start, length, blocks, samples in rows)
+                for rows in fields[section]
+            )
+            for section in ("decode", "prefill")
+        }
+        return cls(**fields | sections | {"loads": loads})

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from foejax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
 from foejax.data import Dataset, TrainIterator, open_dataset
@@ -149,10 +147,7 @@ def _check_same_data(dataset: Dataset) -> None:
     """ConfigError where processes have opened different texts: every host reads its own copy."""
     if jax.process_count() == 1:
         return
-    digest = np.frombuffer(bytes.fromhex(dataset.fingerprint), np.uint8)
-    digests = multihost_utils.process_allgather(digest)
-    others = [index for index, found in enumerate(digests) if not np.array_equal(found, digests[0])]
-    if others:
+    if others := hosts.processes_that_differ(dataset.fingerprint):
         raise ConfigError(
             f"the training data of process {', '.join(map(str, others))} differ from those of process 0: "
             "give data.corpus and data.tokenizer the same files on every host"

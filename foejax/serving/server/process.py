@@ -52,18 +52,26 @@ class Server(uvicorn.Server):
     """Serves until a signal, then finishes what runs while new requests get 503; a second signal ends it at once."""
 
     def __init__(
-        self, app: ASGIApp, engine: EngineThread, *, drain_timeout: float, on_ready: Callable[[], None] = lambda: None
+        self,
+        app: ASGIApp,
+        engine: EngineThread,
+        *,
+        drain_timeout: float,
+        on_ready: Callable[[], None] = lambda: None,
+        ends_too: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
           engine: its thread, which this starts and stops.
           drain_timeout: seconds for what runs when the first signal comes.
           on_ready: called when requests are taken.
+          ends_too: asked ten times a second; True counts as a first signal.
         """
         super().__init__(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(_LAST_WRITES))
         )
-        self._engine, self._drain_timeout, self._on_ready = engine, drain_timeout, on_ready
+        self._engine, self._drain_timeout = engine, drain_timeout
+        self._on_ready, self._ends_too = on_ready, ends_too
         self._num_signals = 0
         self._drain_end = math.inf
         self._all_answered = False
@@ -89,10 +97,11 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: True ends the loop."""
-        if self._num_signals and self._drain_end == math.inf:
+        if self._drain_end == math.inf and (self._num_signals or self._ends_too()):
             self._engine.drain()
             self._drain_end = time.monotonic() + self._drain_timeout
-        if self._num_signals and (self._engine.is_idle or self._num_signals > 1 or time.monotonic() >= self._drain_end):
+        is_draining = self._drain_end < math.inf
+        if is_draining and (self._engine.is_idle or self._num_signals > 1 or time.monotonic() >= self._drain_end):
             return True
         return await super().on_tick(counter)
 
