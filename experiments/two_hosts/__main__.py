@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -39,7 +40,6 @@ RESULT = "two_hosts.json"
 def main(argv: Sequence[str]) -> int:
     """Measure, or read what was measured, and write the report."""
     options = _parser().parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
     if options.render:
         results = json.loads((options.out / RESULT).read_text(encoding="utf-8"))
     else:
@@ -63,6 +63,7 @@ def _measure(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "runs": [],
     }
     with TwoHosts() as hosts:
+        options.out.mkdir(parents=True, exist_ok=True)
         for case in options.cases or CASES:
             try:
                 results["runs"] += list(measure_case(hosts, case, sizes, rates, repeats))
@@ -114,4 +115,5 @@ def _case(name: str) -> Case:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: what was made is cleaned up
     raise SystemExit(report_errors(lambda: main(sys.argv[1:])))

@@ -91,7 +91,7 @@ class Sizes:
         }
 
 
-QUICK = Sizes(hidden_size=64, num_layers=1, rows=8, length=32, sequences=64, context=8)
+QUICK = Sizes(num_layers=1, rows=8)
 """Shows that it works."""
 
 

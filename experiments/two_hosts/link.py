@@ -18,7 +18,7 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 INTERFACES = ("veth0", "veth1")
 MTU = 9000
 """Of the veth: with jumbo frames headers are 1% of the bytes and not 5%."""
-TOOLS = ("ip", "tc", "nsenter", "unshare", "mount", "hostname")
+TOOLS = ("ip", "tc", "nsenter", "unshare", "setpriv", "mount", "hostname")
 
 _BURST_SECONDS = 0.0005
 _QUEUE = "4mb"
@@ -50,7 +50,7 @@ def check_machine(user: int | None = None, search_path: str | None = None) -> No
         raise LinkError("network namespaces and tc need root: run the same command as root, or with sudo -E")
     missing = [tool for tool in TOOLS if shutil.which(tool, path=search_path) is None]
     if missing:
-        raise LinkError(f"{', '.join(missing)} not found: install iproute2 (ip, tc) and util-linux (nsenter, unshare)")
+        raise LinkError(f"{', '.join(missing)} not found: install iproute2 (ip, tc), util-linux and hostname")
 
 
 class TwoHosts:
@@ -58,11 +58,10 @@ class TwoHosts:
 
     def __enter__(self) -> TwoHosts:
         check_machine()
-        self._folder = tempfile.TemporaryDirectory(prefix="two_hosts_")
         self._holders: list[subprocess.Popen[str]] = []
         try:
             for host in HOSTS:
-                self._holders.append(_hold(host, Path(self._folder.name)))
+                self._holders.append(_hold(host))
             for command in cable_commands(self.pids):
                 _run(command)
         except BaseException:
@@ -74,7 +73,6 @@ class TwoHosts:
         for holder in self._holders:
             holder.kill()
             holder.communicate()
-        self._folder.cleanup()
 
     @property
     def pids(self) -> list[int]:
@@ -93,8 +91,12 @@ class TwoHosts:
 
 
 def inside(pid: int) -> list[str]:
-    """What runs a command on the host that `pid` holds: its network, host name and names file, this folder."""
-    return ["nsenter", f"--target={pid}", "--net", "--uts", "--mount", "--wd", "--"]
+    """What runs a command on the host that `pid` holds: its network, host name and names file, in this folder.
+
+    The command is killed when the thread that has started it ends.
+    """
+    enter = ["nsenter", f"--target={pid}", "--net", "--uts", "--mount", "--wd", "--"]
+    return [*enter, "setpriv", "--pdeathsig", "KILL"]
 
 
 def cable_commands(pids: Sequence[int]) -> list[list[str]]:
@@ -138,22 +140,24 @@ def transmitted(text: str, interface: str) -> int:
     raise LinkError(f"{interface} is not among the interfaces of /proc/net/dev: the veth is gone")
 
 
-def _hold(host: str, folder: Path) -> subprocess.Popen[str]:
+def _hold(host: str) -> subprocess.Popen[str]:
     """A process that holds a host's namespaces until its standard input ends."""
-    names = folder / "hosts"
-    lines = ["127.0.0.1 localhost", *(f"{address} {name}" for address, name in zip(ADDRESSES, HOSTS, strict=True))]
-    names.write_text("\n".join(lines) + "\n", encoding="ascii")
-    # A session of its own keeps the terminal's Ctrl-C away: the context's end is its end.
-    holder = subprocess.Popen(
-        ["unshare", "--net", "--uts", "--mount", "sh", "-c", _HOLD, "sh", host, str(names)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert holder.stdout is not None
-    if holder.stdout.readline().strip() != "held":
+    names = ["127.0.0.1 localhost", *(f"{address} {name}" for address, name in zip(ADDRESSES, HOSTS, strict=True))]
+    with tempfile.NamedTemporaryFile("w", encoding="ascii", prefix="hosts_") as file:
+        file.write("\n".join(names) + "\n")
+        file.flush()
+        # A session of its own keeps the terminal's Ctrl-C away: the context's end is its end.
+        holder = subprocess.Popen(
+            ["unshare", "--net", "--uts", "--mount", "sh", "-c", _HOLD, "sh", host, file.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert holder.stdout is not None
+        answer = holder.stdout.readline().strip()  # from now on the file lives in the host alone
+    if answer != "held":
         why = " ".join(holder.communicate()[1].split())
         raise LinkError(f"{host} cannot be made: {why or 'unshare gave no reason'}")
     return holder
