@@ -9,7 +9,7 @@ PACKAGES := foejax sharding pallas_kernels
 TESTS_311 := $(wildcard tests/test_config.py tests/test_packaging.py tests/test_model*.py tests/test_layout*.py \
     tests/test_router.py tests/test_grouped_*.py tests/test_routing_topk.py tests/test_combine.py)
 
-.PHONY: help demo test test-slow test-311 test-kernels aot parity lint bench clean
+.PHONY: help demo test test-slow test-311 test-kernels aot parity lint bench slurm clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -43,6 +43,9 @@ lint: .venv/.installed ## formatting, ruff, mypy
 bench: .venv/.installed ## the benchmark scripts of a CPU, experiments/bench_*.py
 	@set -e; for script in $(filter-out bench_kernels,$(notdir $(basename $(wildcard experiments/bench_*.py)))); do \
 	    echo "experiments.$$script"; .venv/bin/python -m experiments.$$script; done
+
+slurm: .venv/.installed ## experiments/launch/train.sbatch on a Slurm cluster of two nodes, here (root, Slurm, munge)
+	.venv/bin/python -m experiments.launch.try_slurm
 
 clean: ## remove environments, caches and build outputs; runs/ stays
 	rm -rf .venv .venv311 .venv-parity .venv-kernels .venv-aot build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
