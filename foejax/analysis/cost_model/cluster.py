@@ -111,7 +111,7 @@ class Cluster(Section):
         names = {name.lower(): found for name, found in ACCELERATORS.items()}
         if value.lower() not in names:
             raise ValueError(
-                f"accelerator={value} is not known: choose one of {', '.join(ACCELERATORS)}, or give a cluster file "
+                f"{value} is not known: choose one of {', '.join(ACCELERATORS)}, or give a cluster file "
                 "that describes it (docs/plan.md)"
             )
         return names[value.lower()]

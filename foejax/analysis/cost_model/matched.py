@@ -35,9 +35,7 @@ class Candidate:
     def predict(self, step: Step, cluster: Cluster, *, imbalance: float | None = None) -> Prediction:
         """The step's time, with another imbalance where one is given."""
         chosen = self.imbalance if imbalance is None else imbalance
-        return predict_step(
-            self.model, self.layout, step, cluster, imbalance=chosen, exchange=self.exchange
-        )
+        return predict_step(self.model, self.layout, step, cluster, imbalance=chosen, exchange=self.exchange)
 
 
 def matched_models(model: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
@@ -98,7 +96,7 @@ def candidates(config: RunConfig, cluster: Cluster, imbalance: float) -> tuple[l
         ("tp_ep", moe, {}),
         ("fsdp", moe, {}),
     ]
-    found, left_out = [own], {}
+    found, left_out = [own], dict[str, str]()
     for kind, model, axes in wanted:
         try:
             made = _candidate(kind, model, _plan(kind, model, cluster, **axes), imbalance)

@@ -164,12 +164,14 @@ def _exchanged(
         choice = [row for row in rows if row["what"] == "choice of the buffers"]
         return others + choice + [row for row in sends if row.get("branch", 0) == branch]
     useful = [row for row in sends if "useful_payload_bytes" in row and row.get("branch", 0) == 0]
+    # The fullest sender, or the fullest receiver where that one gets more.
+    load = max(1.0, imbalance * step.tokens / (len(step.shards) * step.device_tokens))
     if exchange == "needed":
-        return others + [row | {"payload_bytes": round(row["useful_payload_bytes"] * imbalance)} for row in useful]
+        return others + [row | {"payload_bytes": round(row["useful_payload_bytes"] * load)} for row in useful]
     tokens = -(-step.device_tokens // layout.num_token_slices) if layout.slices_tokens else step.device_tokens
     copies = model.experts_per_token // (model.num_groups if layout.kind == "foe" else 1)
     streams = 1 if layout.splits_heads else model.num_groups // layout.sizes.group
-    elements = tokens * copies * streams * model.hidden_size * imbalance
+    elements = tokens * copies * streams * model.hidden_size * load
     return others + [row | {"payload_bytes": round(elements * ITEMSIZE[model.dtype])} for row in useful]
 
 

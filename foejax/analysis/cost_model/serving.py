@@ -87,11 +87,12 @@ def simulate_serving(candidate: Candidate, cluster: Cluster, trace: Trace, confi
     model, layout = candidate.model, candidate.layout
     shards = layout.num_token_shards
     context = max(len(request.prompt) + request.output_tokens for request in trace.requests)
+    most = -(-min(config.max_sequences, len(trace.requests)) // shards)  # blocks that nobody can fill need not be there
     sized = replace(
         config,
         context=context,
         prefill_tokens=max(config.prefill_tokens // shards, 1),
-        cache_tokens=min(_cache_tokens(candidate, cluster), shards * -(-config.max_sequences // shards) * (context + 1)),
+        cache_tokens=min(_cache_tokens(candidate, cluster), shards * most * (context + config.block_size)),
     )
     limits, clock = sized.limits(model, layout), SimulatedClock()
     devices = SimulatedDevices(candidate, cluster, limits, clock)

@@ -7,7 +7,8 @@ are those of `sharding.crossing`: rings through the devices in mesh order, all-t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from foejax.analysis.cost_model.cluster import Cluster
@@ -15,6 +16,7 @@ from sharding import Layout
 from sharding.audit import Collective
 from sharding.crossing import RING_OPS, groups_along, host_egress_bytes
 from sharding.formulas import ring_egress
+from sharding.mesh import MeshSizes
 
 
 @dataclass(frozen=True)
@@ -40,43 +42,57 @@ class Traffic:
     hosts: int
 
 
-def traffic_of(row: Mapping[str, Any], layout: Layout, hosts: Sequence[str], scale: float = 1.0) -> Traffic:
+def traffic_of(row: Mapping[str, Any], layout: Layout, hosts: Sequence[str]) -> Traffic:
     """Who sends what where, of a row with op, axes, count and payload_bytes (audited, or stated by a formula).
 
     Args:
       hosts: name of the host of every mesh device.
-      scale: factor on the payload.
 
     Raises:
       ValueError: an op of which nobody can tell who sends to whom.
     """
-    axes = tuple(row["axes"])
-    groups = groups_along(layout.mesh, axes)
-    devices, payload = len(groups[0]), row["payload_bytes"] * scale
-    collective = Collective(
-        op=row["op"],
-        axes=axes,
-        group_size=devices,
-        count=row["count"],
-        payload_bytes=row["payload_bytes"],
-        wire_bytes=0,
-        dtype=row.get("dtype", ""),
-        compiled_dtype="",
-        shapes=(),
-        op_name=row.get("what", row["op"]),
-    )
-    network = max(host_egress_bytes(collective, layout.mesh, hosts).values()) * scale
-    spanned = max(len({hosts[device] for device in group}) for group in groups)
-    return Traffic(
+    unit = _unit_traffic(row["op"], tuple(row["axes"]), layout.sizes, tuple(hosts))
+    payload = row["payload_bytes"]
+    return replace(
+        unit,
         what=row.get("what", row["op"]),
-        op=row["op"],
-        axes=axes,
         count=row["count"],
         payload=payload,
-        link_bytes=_link_bytes(row["op"], payload, groups, hosts),
-        network_bytes=network,
-        devices=devices,
-        hosts=spanned,
+        link_bytes=unit.link_bytes * payload / _UNIT,
+        network_bytes=unit.network_bytes * payload / _UNIT,
+    )
+
+
+_UNIT = 1 << 20
+"""Bytes of the operand for which figures are kept: all of them grow with it in proportion."""
+
+
+@cache
+def _unit_traffic(op: str, axes: tuple[str, ...], sizes: MeshSizes, hosts: tuple[str, ...]) -> Traffic:
+    mesh = Layout.abstract("foe", sizes).mesh
+    groups = groups_along(mesh, axes)
+    collective = Collective(
+        op=op,
+        axes=axes,
+        group_size=len(groups[0]),
+        count=1,
+        payload_bytes=_UNIT,
+        wire_bytes=0,
+        dtype="",
+        compiled_dtype="",
+        shapes=(),
+        op_name=op,
+    )
+    return Traffic(
+        what=op,
+        op=op,
+        axes=axes,
+        count=1,
+        payload=_UNIT,
+        link_bytes=_link_bytes(op, _UNIT, groups, hosts),
+        network_bytes=max(host_egress_bytes(collective, mesh, hosts).values()),
+        devices=len(groups[0]),
+        hosts=max(len({hosts[device] for device in group}) for group in groups),
     )
 
 
