@@ -41,6 +41,11 @@ def _gather_param_bwd(axis: str, dim: int, dtype: jnp.dtype, like: jax.Array, gr
 gather_param_local.defvjp(_gather_param_fwd, _gather_param_bwd)
 
 
+def gather_local(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """All-gather along `dim` over mesh axis `axis`; the gradient goes through `reduce_scatter_local`."""
+    return gather_param_local(x, axis, dim, x.dtype)
+
+
 def reduce_scatter_local(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """Sum over mesh axis `axis`, of which this device gets its slice along `dim`.
 

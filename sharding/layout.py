@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sharding.collectives import all_to_all_local, gather_param_local, reduce_scatter_local, vary_local
+from sharding.collectives import all_to_all_local, gather_local, gather_param_local, reduce_scatter_local, vary_local
 from sharding.hosts import check_hosts
 from sharding.mesh import AXES, DATA, EXPERT, GROUP, LayoutKind, MeshSizes, make_mesh, plan_mesh
 
@@ -200,7 +200,7 @@ class Layout:
         """Join an array that is split over the vocabulary along `dim`."""
         if "vocab" not in self.rules:
             return x
-        return lax.all_gather(x, self.rules["vocab"], axis=dim, tiled=True)
+        return gather_local(x, self.rules["vocab"], dim)
 
     def group_slice_local(self, x: jax.Array, dim: int) -> jax.Array:
         """The part of `x` along `dim` (all groups, or all experts in group order) that this device's groups own."""
@@ -212,7 +212,7 @@ class Layout:
 
     def whole_tokens_local(self, x_SND: jax.Array, num_tokens: int) -> jax.Array:
         """All tokens [S, num_tokens, D], out of the slices that the devices of the `group` axis carry."""
-        return lax.all_gather(x_SND, GROUP, axis=1, tiled=True)[:, :num_tokens]
+        return gather_local(x_SND, GROUP, 1)[:, :num_tokens]
 
     def merge_local(self, own_SND: jax.Array, branch_SND: jax.Array) -> jax.Array:
         """Sum over all groups of what their experts added and what attention adds, of the tokens carried here: [N, D].

@@ -127,7 +127,7 @@ def test_sigterm_to_one_process_makes_all_save_the_same_step(
 REDUCE_SCATTER = """
 import jax, numpy as np
 from sharding import Layout, hosts
-from sharding.collectives import reduce_scatter_local
+from sharding.collectives import gather_local, reduce_scatter_local
 hosts.start()
 layout = Layout.create("fsdp", data=4)
 hosts.connect(layout.mesh)
@@ -138,12 +138,13 @@ def place(x):
     return jax.make_array_from_callback(x.shape, layout.sharding(spec), lambda index: x[index])
 def scatter_local(x, w):
     total, pull = jax.vjp(lambda x: reduce_scatter_local(x, "data", 1), x)
-    return total, *pull(w)
-mapped = layout.shard_map(scatter_local, (spec, spec), (spec, spec))
+    _, pull_gather = jax.vjp(lambda w: gather_local(w, "data", 1), w)
+    return total, *pull(w), *pull_gather(x)
+mapped = layout.shard_map(scatter_local, (spec, spec), (spec, spec, spec))
 program = jax.jit(mapped).lower(place(rows), place(weights)).compile()
 assert "reduce-scatter" not in program.as_text()
-total, grad = program(place(rows), place(weights))
-for shard in total.addressable_shards:
+total, grad, gather_grad = program(place(rows), place(weights))
+for shard in [*total.addressable_shards, *gather_grad.addressable_shards]:
     np.testing.assert_array_equal(shard.data[0], rows.sum(0).reshape(4, 2, 6)[shard.index[0].start])
 for shard in grad.addressable_shards:
     np.testing.assert_array_equal(shard.data[0], weights.reshape(8, 6))

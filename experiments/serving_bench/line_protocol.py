@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -71,39 +71,28 @@ class ContenderFailed(Exception):
     """A contender raised, took too long, or its process ended."""
 
 
-class ContenderProcess:
-    """A contender in a Python of its own; a context manager that ends it."""
+class AnsweringProcess:
+    """A process whose program calls `answer_commands`; a context manager that ends it."""
 
-    def __init__(
-        self, module: str, python: str, options: Mapping[str, Any], *, threads: int, environment: Mapping[str, str] = {}
-    ) -> None:
-        """Start it and load its model.
-
-        Args:
-          module: of this package, its file calls `answer_commands`.
-          threads: cores that it may use, 0 for all.
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start it in the repository's folder, which it also imports from, with `environment` beside our own.
 
         Raises:
-          ContenderFailed: the Python, a package or the model is not there.
+          ContenderFailed: there is no such program.
         """
-        self.name = module
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if threads}
-        cores = sorted(os.sched_getaffinity(0))[: threads or None]
         try:
             self._process = subprocess.Popen(
-                [python, "-m", f"experiments.serving_bench.{module}"],
+                command,
                 cwd=_REPOSITORY,
-                env={**os.environ, "PYTHONPATH": str(_REPOSITORY), **limits, **environment},
+                env={**os.environ, "PYTHONPATH": str(_REPOSITORY), **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 text=True,
             )
         except OSError as error:
-            raise ContenderFailed(f"{python} does not start: {error}") from error
-        os.sched_setaffinity(self._process.pid, cores)
-        self.ask("start", {"options": dict(options)})
+            raise ContenderFailed(f"{command[0]} does not start: {error}") from error
 
     def ask(self, command: str, arguments: Mapping[str, Any] = {}, *, timeout: float = 3600.0) -> Any:
         """The answer to a command.
@@ -131,7 +120,11 @@ class ContenderProcess:
             raise ContenderFailed(f"{command}: {reply['error']}")
         return reply["answer"]
 
-    def __enter__(self) -> ContenderProcess:
+    def kill(self) -> None:
+        """End the process; whoever waits for an answer is told that it has ended."""
+        self._process.kill()
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,3 +137,25 @@ class ContenderProcess:
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
         return lines[-1][:300] if lines else f"none (exit status {self._process.returncode})"
+
+
+class ContenderProcess(AnsweringProcess):
+    """A contender in a Python of its own; a context manager that ends it."""
+
+    def __init__(
+        self, module: str, python: str, options: Mapping[str, Any], *, threads: int, environment: Mapping[str, str] = {}
+    ) -> None:
+        """Start it and load its model.
+
+        Args:
+          module: of this package, its file calls `answer_commands`.
+          threads: cores that it may use, 0 for all.
+
+        Raises:
+          ContenderFailed: the Python, a package or the model is not there.
+        """
+        self.name = module
+        limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if threads}
+        super().__init__([python, "-m", f"experiments.serving_bench.{module}"], {**limits, **environment})
+        os.sched_setaffinity(self._process.pid, sorted(os.sched_getaffinity(0))[: threads or None])
+        self.ask("start", {"options": dict(options)})

@@ -49,11 +49,19 @@ def decode_step(
 def lower_decode_step(model: LanguageModel, batch_size: int, *, slots: int | None = None) -> jax.stages.Lowered:
     """The decoding step lowered for `batch_size` sequences; the model may be abstract."""
     graphdef, state = nnx.split(model.transformer)
+    cache, tokens_B = abstract_decode_inputs(model, batch_size, slots or model.config.max_seq_len)
+    return _decode_step.lower(state, cache, tokens_B, tokens_B, graphdef=graphdef, layout=model.layout)
+
+
+def abstract_decode_inputs(
+    model: LanguageModel, batch_size: int, slots: int
+) -> tuple[DenseCache, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of the cache and of the tokens (and positions) [B] of a decoding step."""
     config, layout = model.config, model.layout
     shape = (
         config.num_layers,
         batch_size,
-        slots or config.max_seq_len,
+        slots,
         config.num_groups,
         config.num_kv_heads // config.num_groups,
         config.head_dim,
@@ -68,8 +76,7 @@ def lower_decode_step(model: LanguageModel, batch_size: int, *, slots: int | Non
         abstract(shape, config.dtype, specs.v_LBCSGK),
         abstract((batch_size, 1), jnp.int32, specs.positions_BT),
     )
-    tokens_B = abstract((batch_size,), jnp.int32, layout.batch_spec())
-    return _decode_step.lower(state, cache, tokens_B, tokens_B, graphdef=graphdef, layout=layout)
+    return cache, abstract((batch_size,), jnp.int32, layout.batch_spec())
 
 
 def cache_specs(layout: Layout) -> Any:
