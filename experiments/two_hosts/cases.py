@@ -62,7 +62,7 @@ class Sizes:
 
     hidden_size: int = 128
     num_layers: int = 2
-    expert_hidden_size: int = 16
+    expert_hidden_size: int = 24
     vocab_size: int = 256
     rows: int = 16
     length: int = 128

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 Run = Mapping[str, Any]
 
@@ -226,6 +227,8 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks([*limited, free_at], [*(f"{rate:g}" for rate in limited), "unlimited"], minor=False)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.set_xlabel("rate of the link in each direction (Mbit/s)")
     axes.set_ylabel("seconds of a step (median)")

@@ -75,10 +75,8 @@ class Worker:
         races = find_races(prepared.compiled.as_text() or "")
         if races:
             raise ValueError(f"{program} may return wrong sums on simulated devices: {races[0]}")
-        names = hosts.host_names()
-        host_of_device = [names[device.process_index] for device in self._layout.mesh.devices.flat]
         collectives = audit(prepared.lowered, self._layout.mesh, compiled=prepared.compiled)
-        rows = [_row(each, self._layout, host_of_device) for each in collectives]
+        rows = [_row(each, self._layout, self._host_of_device()) for each in collectives]
         return {"collectives": _merged(rows), "flops": _flops(self._config, self._sizes, self._layout, program)}
 
     def run(self, program: str) -> tuple[float, float]:
@@ -87,6 +85,10 @@ class Worker:
         started = time.monotonic()
         prepared.carry = jax.block_until_ready(prepared.step(prepared.carry))
         return started, time.monotonic()
+
+    def _host_of_device(self) -> list[str]:
+        names = hosts.host_names()
+        return [names[device.process_index] for device in self._layout.mesh.devices.flat]
 
 
 def _forward(config: RunConfig, layout: Layout, sizes: Sizes) -> Prepared:
