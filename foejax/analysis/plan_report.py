@@ -11,7 +11,7 @@ from foejax.serving.load.report import table
 
 def format_plan(plan: Plan) -> str:
     """Everything: assumptions, steps of all layouts, their layers part by part, the paper's tables."""
-    sections = [_assumptions(plan), _steps_section(plan), *(_layer_section(steps) for steps in plan.steps)]
+    sections = [_assumptions(plan), format_steps(plan), *(_layer_section(steps) for steps in plan.steps)]
     sections += [forward_section(plan, title) for title in plan.forward]
     if plan.serving:
         sections.append(serving_section(plan))
@@ -34,7 +34,8 @@ def _assumptions(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _steps_section(plan: Plan) -> str:
+def format_steps(plan: Plan) -> str:
+    """Prompt, decoding step and training step of every layout."""
     work = plan.workload
     training = plan.config.data
     header = [

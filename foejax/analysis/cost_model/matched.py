@@ -53,7 +53,8 @@ def matched_models(model: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
             f"num_kv_heads={model.num_kv_heads}, experts_per_token={model.experts_per_token} and "
             f"num_experts={model.num_experts} have no common divisor: no FoE model matches; choose others"
         )
-    return (ModelConfig.model_validate(model.model_dump() | {"num_groups": number}) for number in (groups, 1))  # type: ignore[return-value]
+    foe, moe = (ModelConfig.model_validate(model.model_dump() | {"num_groups": number}) for number in (groups, 1))
+    return foe, moe
 
 
 def own_candidate(config: RunConfig, cluster: Cluster, imbalance: float) -> Candidate:
