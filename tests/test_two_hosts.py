@@ -162,9 +162,10 @@ def test_a_faster_moe_that_sends_more_is_named() -> None:
         ("foe group=8", "ep expert=8", 100.0),
         ("foe group=8", "tp group=8", 100.0),
     ]
-    assert report.fewer_bytes_than_foe(RUNS) == ["forward pass, foe group=8: fsdp data=8"]
+    assert report.no_more_bytes_than_foe(RUNS) == ["forward pass, foe group=8: fsdp data=8"]
     lines = report._check_section(RUNS)
-    assert "2 such pairs, FoE's step shorter in 1." in lines
+    assert "- 2 such pairs, FoE's step shorter in 1" in lines
+    assert "- foe group=8: 2 pairs, shorter in 1; in 0 of them it sends nothing itself" in lines
     assert "- violated: foe group=8, forward pass, 100 Mbit/s takes 1.000 s and ep expert=8 0.900 s" in lines
 
 

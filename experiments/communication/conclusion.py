@@ -29,13 +29,15 @@ def conclusion(
     """What was found, and where FoE does not win."""
     one_host = next(plan for plan in plans.values() if plan.cluster.hosts == 1)
     found = [*measured_findings(runs), _calibration_sentence(calibrated), *_prediction_sentences(one_host)]
+    trained = [_training_sentence(plan) for plan in plans.values()]
+    found += [text for text, foe_wins in trained if foe_wins]
     losses = [
         *_inner_ep_sentences(runs),
         _bytes_sentence(one_host.config.model),
         _single_device_sentence(one_host.config.model),
         _small_batch_sentence(one_host.forward[ONE_PROMPT]),
         _tp_ep_sentence(one_host.forward[ONE_PROMPT], one_host),
-        *(_training_sentence(plan) for plan in plans.values()),
+        *(text for text, foe_wins in trained if not foe_wins),
         *_balance_sentences(balance),
     ]
     return "\n\n".join(
@@ -158,12 +160,14 @@ def _bytes_sentence(model: ModelConfig) -> str:
     ]
     if not fewer:
         return "Bytes: FoE sends fewer than expert parallelism at every number of devices looked at."
-    ratio = _egress(model, fewer[0])
+    ratios = {
+        devices: sent["moe ep, de-duplicated"] / sent["foe"] for devices in fewer if (sent := _egress(model, devices))
+    }
+    least = min(ratios, key=lambda devices: ratios[devices])
     return (
         f"Bytes: with k = {model.experts_per_token} and {model.num_experts} experts, an MoE that sends a token once to "
-        f"each device sends fewer than FoE from {fewer[0]} devices on "
-        f"({ratio['moe ep, de-duplicated'] / ratio['foe']:.2f} of them there). FoE's all-reduce of all tokens is no "
-        "saving of bytes by itself."
+        f"each device sends fewer than FoE on {', '.join(map(str, fewer))} devices ({ratios[least]:.2f} of them on "
+        f"{least}). FoE's all-reduce of all tokens is no saving of bytes by itself."
     )
 
 
@@ -216,19 +220,14 @@ def _tp_ep_sentence(rows: Sequence[ForwardRow], plan: Plan) -> str:
     )
 
 
-def _training_sentence(plan: Plan) -> str:
+def _training_sentence(plan: Plan) -> tuple[str, bool]:
+    """The fastest layout of the training step, and whether it is FoE's."""
     order = sorted(plan.steps, key=lambda steps: steps.training.seconds)
     best, foe = order[0], next(steps for steps in order if steps.candidate.layout.kind == "foe")
-    if best is foe:
-        runner_up = next(steps for steps in order if steps.candidate.layout.kind != "foe")
-        return (
-            f"Training on {plan.cluster.name}, approximately: {best.candidate.name} is the fastest layout, "
-            f"{runner_up.candidate.name} takes {runner_up.training.seconds / best.training.seconds:.2f} times as long."
-        )
-    return (
-        f"Training on {plan.cluster.name}, approximately: {best.candidate.name} is the fastest layout; FoE "
-        f"({foe.candidate.name}) takes {foe.training.seconds / best.training.seconds:.2f} times as long."
-    )
+    other = next(steps for steps in order if (steps.candidate.layout.kind == "foe") != (best is foe))
+    times = f"{other.training.seconds / best.training.seconds:.2f} times as long"
+    fastest = f"Training on {plan.cluster.name}, predicted approximately: {best.candidate.name} is the fastest layout"
+    return f"{fastest}; {other.candidate.name} takes {times}.", best is foe
 
 
 def _balance_sentences(balance: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -113,18 +113,29 @@ def _check_section(runs: Sequence[Run]) -> list[str]:
         "Wire time is a step's time at a rate less its time without a limit. Wherever it is more than half of FoE's "
         "step, or of the MoE's, FoE's step should be shorter than that of every MoE layout that sends more bytes.",
         "",
-        f"{len(pairs)} such pairs, FoE's step shorter in {len(pairs) - len(lost)}.",
-        *([""] if lost else []),
+        *(f"- {line}" for line in _count_by_layout(pairs, lost)),
         *(
             f"- violated: {_run_name(pair.foe)} takes {pair.foe['seconds']:.3f} s and {pair.moe['name']} "
             f"{pair.moe['seconds']:.3f} s"
             for pair in lost
         ),
     ]
-    fewer = fewer_bytes_than_foe(runs)
-    if fewer:
-        lines += ["", "MoE layouts that send fewer bytes, about which this says nothing:", ""]
-        lines += [f"- {line}" for line in fewer]
+    others = no_more_bytes_than_foe(runs)
+    if others:
+        lines += ["", "MoE layouts that do not send more bytes, about which this says nothing:", ""]
+        lines += [f"- {line}" for line in others]
+    return lines
+
+
+def _count_by_layout(pairs: Sequence[Pair], lost: Sequence[Pair]) -> list[str]:
+    """How many pairs each FoE layout is in and wins; one that sends nothing wins them for that alone."""
+    names = dict.fromkeys(pair.foe["name"] for pair in pairs)
+    lines = [f"{len(pairs)} such pairs, FoE's step shorter in {len(pairs) - len(lost)}"] if pairs else ["no such pair"]
+    for name in names:
+        own = [pair for pair in pairs if pair.foe["name"] == name]
+        silent = sum(audited_bytes(pair.foe) == 0 for pair in own)
+        shorter = len(own) - sum(pair.foe["name"] == name for pair in lost)
+        lines.append(f"{name}: {len(own)} pairs, shorter in {shorter}; in {silent} of them it sends nothing itself")
     return lines
 
 
@@ -146,7 +157,7 @@ def decided_by_the_link(runs: Sequence[Run]) -> list[Pair]:
     return [pair for pair in _pairs(runs) if _sends_more(pair) and (waits(pair.foe) or waits(pair.moe))]
 
 
-def fewer_bytes_than_foe(runs: Sequence[Run]) -> list[str]:
+def no_more_bytes_than_foe(runs: Sequence[Run]) -> list[str]:
     """For each FoE layout and program, the MoE layouts that do not send more, in words."""
     found: dict[str, list[str]] = {}
     for pair in _pairs(runs):

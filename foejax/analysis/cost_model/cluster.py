@@ -130,8 +130,9 @@ class Cluster(Section):
 
     @property
     def name(self) -> str:
-        """`2x8xH100`."""
-        return f"{self.hosts}x{self.devices_per_host}x{self.accelerator.name}"
+        """`2x8xH100`, or `8xH100` for one host."""
+        hosts = f"{self.hosts}x" if self.hosts > 1 else ""
+        return f"{hosts}{self.devices_per_host}x{self.accelerator.name}"
 
     def host_names(self) -> list[str]:
         """Host of every device, in the order of a mesh: those of a host follow each other."""
