@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.communication.calibrated import WANTED_ERROR, Calibrated
-from experiments.communication.measured import measured_findings
+from experiments.communication.measured import Finding, measured_findings
 from experiments.two_hosts.report import audited_bytes, rate_text
 from foejax.analysis.cost_model.cluster import read_cluster
 from foejax.analysis.cost_model.matched import matched_models
@@ -28,10 +28,12 @@ def conclusion(
 ) -> str:
     """What was found, and where FoE does not win."""
     one_host = next(plan for plan in plans.values() if plan.cluster.hosts == 1)
-    found = [*measured_findings(runs), _calibration_sentence(calibrated), *_prediction_sentences(one_host)]
-    trained = [_training_sentence(plan) for plan in plans.values()]
+    measured, trained = measured_findings(runs), [_training_sentence(plan) for plan in plans.values()]
+    found = [text for text, foe_wins in measured if foe_wins]
+    found += [_calibration_sentence(calibrated), *_prediction_sentences(one_host)]
     found += [text for text, foe_wins in trained if foe_wins]
     losses = [
+        *(text for text, foe_wins in measured if not foe_wins),
         *_inner_ep_sentences(runs),
         _bytes_sentence(one_host.config.model),
         _single_device_sentence(one_host.config.model),
@@ -220,7 +222,7 @@ def _tp_ep_sentence(rows: Sequence[ForwardRow], plan: Plan) -> str:
     )
 
 
-def _training_sentence(plan: Plan) -> tuple[str, bool]:
+def _training_sentence(plan: Plan) -> Finding:
     """The fastest layout of the training step, and whether it is FoE's."""
     order = sorted(plan.steps, key=lambda steps: steps.training.seconds)
     best, foe = order[0], next(steps for steps in order if steps.candidate.layout.kind == "foe")

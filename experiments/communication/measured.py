@@ -46,20 +46,25 @@ def _bold(seconds: float, is_fastest: bool) -> str:
     return f"**{seconds:.3f}**" if is_fastest else f"{seconds:.3f}"
 
 
-def measured_findings(runs: Sequence[Run]) -> list[str]:
-    """Sentences on who was faster where."""
+Finding = tuple[str, bool]
+"""A sentence, and whether it speaks for FoE."""
+
+
+def measured_findings(runs: Sequence[Run]) -> list[Finding]:
+    """Who was faster where."""
     pairs = decided_by_the_link(runs)
     won = [pair for pair in pairs if pair.foe["seconds"] < pair.moe["seconds"]]
-    lines = [
-        f"Where the wire takes more than half of a step and an MoE layout sends more bytes than FoE, FoE's step is the "
+    text = (
+        "Where the wire takes more than half of a step and an MoE layout sends more bytes than FoE, FoE's step is the "
         f"shorter one in {len(won)} of {len(pairs)} comparisons."
-    ]
+    )
+    lines = [(text, len(won) == len(pairs))]
     for program, title in TITLES.items():
         lines += _program_findings([run for run in runs if run["program"] == program], title)
     return lines
 
 
-def _program_findings(runs: Sequence[Run], title: str) -> list[str]:
+def _program_findings(runs: Sequence[Run], title: str) -> list[Finding]:
     """At the slowest rate: the fastest FoE and the fastest MoE layout, and their bytes."""
     limited = [run["rate_mbit"] for run in runs if run["rate_mbit"] is not None]
     if not limited:
@@ -72,9 +77,9 @@ def _program_findings(runs: Sequence[Run], title: str) -> list[str]:
     if foe is None or moe is None:
         return []
     ratio = moe["seconds"] / foe["seconds"]
-    faster = f"{ratio:.2f} times as long as" if ratio >= 1 else f"only {ratio:.2f} of"
     sent = f"{audited_bytes(moe) / 1e6:.2f} MB against {audited_bytes(foe) / 1e6:.2f} MB"
-    return [
-        f"{title} at {rate_text(min(limited))}: the best MoE layout, {moe['name']}, takes {faster} the best FoE "
-        f"layout, {foe['name']} ({sent} between the hosts)."
-    ]
+    text = (
+        f"{title} at {rate_text(min(limited))}: the best MoE layout, {moe['name']}, takes {ratio:.2f} times as long as "
+        f"the best FoE layout, {foe['name']} ({sent} between the hosts)."
+    )
+    return [(text, ratio >= 1)]
