@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,8 +25,13 @@ PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Fields with types, defaults and descriptions; an unknown field is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 def _require_multiple(field: str, value: int, of_field: str, of: int) -> None:
@@ -37,7 +42,7 @@ def _require_multiple(field: str, value: int, of_field: str, of: int) -> None:
         )
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The architecture. `num_groups=1` is the plain mixture-of-experts transformer (OLMoE-like)."""
 
     vocab_size: Positive = 50304
@@ -103,7 +108,7 @@ class ModelConfig(_Section):
         return self
 
 
-class MeshConfig(_Section):
+class MeshConfig(Section):
     """How devices are arranged. A size of 0 is derived from the others and the device count."""
 
     layout: Literal["auto", "foe", "fsdp", "ep", "tp", "tp_ep"] = "auto"
@@ -120,7 +125,7 @@ class MeshConfig(_Section):
     """size of the `expert` axis: experts and tokens of the ep layout, or of each group of the foe layout"""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which text, how it becomes tokens, and how tokens become batches."""
 
     corpus: str = "shakespeare"
@@ -141,7 +146,7 @@ class DataConfig(_Section):
     """seed of the held-out split and of the shuffle"""
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """Optimiser, schedule, evaluation, checkpoints."""
 
     num_steps: Positive = 18_000
@@ -207,7 +212,7 @@ class TrainingConfig(_Section):
         return self
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One training run: a model on a mesh, its data and its training."""
 
     model: ModelConfig = ModelConfig()
@@ -288,10 +293,15 @@ def load_config(source: str | Path, overrides: dict[str, Any] | None = None) -> 
 
 def parse_config(values: dict[str, Any]) -> RunConfig:
     """Validate a nested dict as a run config; raises ConfigError in one sentence."""
+    return parse_section(RunConfig, values)
+
+
+def parse_section(kind: type[SectionType], values: dict[str, Any]) -> SectionType:
+    """Validate a nested dict as a section of this kind; raises ConfigError in one sentence."""
     try:
-        return RunConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_one_sentence(error)) from None
+        raise ConfigError(_one_sentence(error, kind)) from None
 
 
 def override_config(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
@@ -346,11 +356,11 @@ def _is_float(text: str) -> bool:
     return True
 
 
-def _one_sentence(error: ValidationError) -> str:
+def _one_sentence(error: ValidationError, kind: type[Section]) -> str:
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _known_fields(first["loc"][:-1])
+        known = _known_fields(kind, first["loc"][:-1])
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         way_out = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {field}={first['input']!r}: {way_out}"
@@ -360,8 +370,8 @@ def _one_sentence(error: ValidationError) -> str:
     return f"{field}={first['input']!r} is refused: {message[0].lower()}{message[1:]}"
 
 
-def _known_fields(location: tuple[Any, ...]) -> list[str]:
-    fields = RunConfig.model_fields
+def _known_fields(kind: type[Section], location: tuple[Any, ...]) -> list[str]:
+    fields = kind.model_fields
     for part in location:
         section = fields[str(part)].annotation
         assert isinstance(section, type) and issubclass(section, BaseModel)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from sharding.audit import UNKNOWN_AXES, Collective
 from sharding.formulas import ring_egress
@@ -18,7 +18,7 @@ RING_OPS = ("all-reduce", "reduce-scatter", "all-gather")
 PAIRWISE_OPS = ("all-to-all",)
 
 
-def host_egress_bytes(collective: Collective, mesh: Mesh, hosts: Sequence[str]) -> dict[str, float]:
+def host_egress_bytes(collective: Collective, mesh: Mesh | AbstractMesh, hosts: Sequence[str]) -> dict[str, float]:
     """Bytes that every host sends to other hosts in one execution of a collective, dtype as written.
 
     All-reduce, reduce-scatter and all-gather run on a ring through the devices of a group in mesh order, as in Gloo
@@ -28,7 +28,7 @@ def host_egress_bytes(collective: Collective, mesh: Mesh, hosts: Sequence[str]) 
 
     Args:
       collective: one of `sharding.audit.audit` of a program on this mesh; multiply by its `count` for one run.
-      mesh: the mesh of the program.
+      mesh: the mesh of the program; its sizes are enough.
       hosts: name of the host of every mesh device, in the order of `mesh.devices.flat`. In a run of several processes
         `[names[device.process_index] for device in mesh.devices.flat]`, with `names = sharding.hosts.host_names()`;
         on simulated devices any names, one for each host that is imagined.
@@ -60,12 +60,12 @@ def host_egress_bytes(collective: Collective, mesh: Mesh, hosts: Sequence[str]) 
     return egress
 
 
-def groups_along(mesh: Mesh, axes: Sequence[str]) -> list[list[int]]:
+def groups_along(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> list[list[int]]:
     """Device positions (in `mesh.devices.flat`) that differ along `axes` alone, each group in mesh order."""
     dims = [mesh.axis_names.index(axis) for axis in axes]
-    kept = [dim for dim in range(mesh.devices.ndim) if dim not in dims]
-    size = int(np.prod([mesh.devices.shape[dim] for dim in dims]))
-    positions = np.arange(mesh.size).reshape(mesh.devices.shape).transpose([*kept, *dims])
+    kept = [dim for dim in range(len(mesh.axis_names)) if dim not in dims]
+    size = int(np.prod([mesh.shape[axis] for axis in axes]))
+    positions = np.arange(mesh.size).reshape(tuple(mesh.shape.values())).transpose([*kept, *dims])
     return positions.reshape(-1, size).tolist()
 
 

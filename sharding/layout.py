@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding.collectives import all_to_all_local, gather_local, gather_param_local, reduce_scatter_local, vary_local
 from sharding.hosts import check_hosts
@@ -83,6 +83,12 @@ class Layout:
     def single_device(cls, kind: LayoutKind = "foe") -> Layout:
         """One device that holds every group and every expert."""
         return cls(make_mesh(MeshSizes(1, 1, 1)), kind)
+
+    @classmethod
+    def abstract(cls, kind: LayoutKind, sizes: MeshSizes, *, shard_params: bool = False) -> Layout:
+        """A layout of devices that are not here: enough to count with, not to lower or to run a program."""
+        mesh = AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return cls(cast(Mesh, mesh), kind, shard_params)
 
     @property
     def sizes(self) -> MeshSizes:

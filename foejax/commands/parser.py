@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from foejax.commands import bench, data, folder, inspect, serve, train
+from foejax.commands import bench, data, folder, inspect, plan, serve, train
 from foejax.commands.engine_options import add_engine_options
 from foejax.commands.fields import describe_fields
 from foejax.config import ConfigError
@@ -33,6 +33,7 @@ examples:
   foejax serve runs/first --port 8000
   foejax comms foe_tiny --devices 8
   foejax info foe_7b --devices 8
+  foejax plan foe_7b --cluster 2x8xH100
   foejax export runs/first exported/first
 
 `foejax COMMAND --help` has more. Exit codes: 0 done, 2 bad input, 3 the loss became NaN or infinite,
@@ -89,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_conversions(commands)
     _add_inspections(commands)
+    _add_plan(commands)
     _add_data(commands)
     return parser
 
@@ -339,6 +341,22 @@ def _add_inspections(commands: Any) -> None:
     )
     _add_config(command)
     command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def _add_plan(commands: Any) -> None:
+    command = _add(
+        commands,
+        "plan",
+        plan.run_plan,
+        "Predict what steps of a config take on a cluster, in every matched layout, beside the paper's figures.",
+        "examples:\n  foejax plan foe_7b --cluster 2x8xH100\n"
+        "  foejax plan moe_1b --cluster 8xH200 --cluster.network_fraction 0.5 --json\n"
+        "  foejax plan foe_7b --cluster mine.yaml --requests 0\n\n"
+        "Nothing is compiled and nothing runs; docs/plan.md says what is assumed. CLUSTER is HOSTSxDEVICESxNAME,\n"
+        "DEVICESxNAME (A100, H100, H200) or a YAML or JSON file. --cluster.FIELD VALUE replaces a field of it.",
+        overrides=True,
+    )
+    plan.add_arguments(command, _positive, _not_negative, _seconds)
 
 
 def _add_data(commands: Any) -> None:

@@ -1,0 +1,142 @@
+"""A config and what it is fairly compared with: FoE and the matched MoE in every layout, on the same cluster."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foejax.analysis.cost_model.cluster import Cluster
+from foejax.analysis.cost_model.predict import Exchange, Prediction, predict_step
+from foejax.analysis.cost_model.step import Step
+from foejax.config import ConfigError, ModelConfig, RunConfig
+from sharding import Layout
+from sharding.mesh import LayoutKind, MeshSizes, plan_mesh
+
+PAPER_IMBALANCE = 1.64
+"""Most over median tokens on a device under expert parallelism, measured in arXiv 2605.06206, Fig. 4."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model in a layout.
+
+    Attributes:
+      imbalance: of the devices that share experts; 1 where none do.
+      exchange: what its all-to-alls send.
+    """
+
+    name: str
+    model: ModelConfig
+    layout: Layout
+    imbalance: float = 1.0
+    exchange: Exchange = "buffers"
+
+    def predict(self, step: Step, cluster: Cluster, *, imbalance: float | None = None) -> Prediction:
+        """The step's time, with another imbalance where one is given."""
+        chosen = self.imbalance if imbalance is None else imbalance
+        return predict_step(self.model, self.layout, step, cluster, imbalance=chosen, exchange=self.exchange)
+
+
+def matched_models(model: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
+    """FoE and MoE that differ in the number of groups alone.
+
+    For a model of one group FoE gets as many groups as divide its key/value heads, experts and choices.
+
+    Raises:
+      ConfigError: no number of groups but 1 does.
+    """
+    heads = math.gcd(model.num_kv_heads, model.experts_per_token, model.num_experts)
+    groups = model.num_groups if model.num_groups > 1 else heads
+    if groups == 1:
+        raise ConfigError(
+            f"num_kv_heads={model.num_kv_heads}, experts_per_token={model.experts_per_token} and "
+            f"num_experts={model.num_experts} have no common divisor: no FoE model matches; choose others"
+        )
+    foe, moe = (ModelConfig.model_validate(model.model_dump() | {"num_groups": number}) for number in (groups, 1))
+    return foe, moe
+
+
+def own_candidate(config: RunConfig, cluster: Cluster, imbalance: float) -> Candidate:
+    """The config's own model in its own layout (auto: foe, or fsdp for one group).
+
+    Raises:
+      ValueError: the mesh does not fit the cluster or the model.
+    """
+    model, mesh = config.model, config.mesh
+    kind: LayoutKind = ("foe" if model.num_groups > 1 else "fsdp") if mesh.layout == "auto" else mesh.layout
+    sizes = _plan(kind, model, cluster, data=mesh.data, group=mesh.group, expert=mesh.expert)
+    return _candidate(kind, model, sizes, imbalance)
+
+
+def candidates(config: RunConfig, cluster: Cluster, imbalance: float) -> tuple[list[Candidate], dict[str, str]]:
+    """The config's own layout first, then every other that is worth comparing.
+
+    Of FoE: groups as spread out as they go with the surplus in `data`, and groups of several devices. Of the MoE: `ep`
+    over all devices (what this library's buffers send, what routing needs, a copy for every expert), `ep` inside each
+    host with `data` between them, `tp`, `tp_ep` and plain data parallelism.
+
+    Args:
+      imbalance: of layouts whose devices share experts.
+
+    Returns:
+      The candidates, and for each layout that does not fit why.
+
+    Raises:
+      ValueError: the config's own layout does not fit.
+    """
+    own = own_candidate(config, cluster, imbalance)
+    foe, moe = matched_models(config.model)
+    per_host = cluster.devices_per_host
+    wanted: list[tuple[LayoutKind, ModelConfig, dict[str, int]]] = [
+        ("foe", foe, {}),
+        *(("foe", foe, {"group": foe.num_groups, "expert": size}) for size in _group_sizes(foe, cluster)),
+        ("ep", moe, {}),
+        *((("ep", moe, {"data": cluster.hosts, "expert": per_host}),) if cluster.hosts > 1 else ()),
+        ("tp", moe, {}),
+        ("tp_ep", moe, {}),
+        ("fsdp", moe, {}),
+    ]
+    found, left_out = [own], dict[str, str]()
+    for kind, model, axes in wanted:
+        try:
+            made = _candidate(kind, model, _plan(kind, model, cluster, **axes), imbalance)
+        except ValueError as error:
+            left_out[kind] = str(error)
+            continue
+        if made.name not in [candidate.name for candidate in found]:
+            found.append(made)
+    first_ep = next((made for made in found if made.layout.kind == "ep" and made.layout.sizes.expert > 1), None)
+    if first_ep is not None:
+        variants: Sequence[tuple[str, Exchange]] = (("a copy per device", "needed"), ("a copy per expert", "copies"))
+        found += [
+            Candidate(f"{first_ep.name}, {text}", first_ep.model, first_ep.layout, imbalance, exchange)
+            for text, exchange in variants
+        ]
+    return found, left_out
+
+
+def _group_sizes(foe: ModelConfig, cluster: Cluster) -> list[int]:
+    """Devices of a group where all devices work on the same tokens, if there are more than groups."""
+    size, rest = divmod(cluster.devices, foe.num_groups)
+    return [size] if rest == 0 and size > 1 else []
+
+
+def _plan(kind: LayoutKind, model: ModelConfig, cluster: Cluster, **axes: int) -> MeshSizes:
+    sizes = plan_mesh(
+        kind,
+        cluster.devices,
+        num_groups=model.num_groups,
+        num_experts=model.num_experts,
+        num_kv_heads=model.num_kv_heads,
+        **axes,
+    )
+    cluster.check_mesh(kind, sizes)
+    return sizes
+
+
+def _candidate(kind: LayoutKind, model: ModelConfig, sizes: MeshSizes, imbalance: float) -> Candidate:
+    layout = Layout.abstract(kind, sizes)
+    axes = " x ".join(f"{axis}={size}" for axis, size in sizes._asdict().items() if size > 1)
+    name = f"{'data' if kind == 'fsdp' else kind} {axes}".strip()
+    return Candidate(name, model, layout, imbalance if layout.num_expert_shards > 1 else 1.0)
