@@ -115,7 +115,7 @@ def _processes(hosts: TwoHosts, case: Case, sizes: Sizes) -> Iterator[Ask]:
 def worker_environment(index: int) -> dict[str, str]:
     """What makes a process one of the two.
 
-    Without JAX's compilation cache: a program read back from it does not keep its collectives in order.
+    Without JAX's compilation cache: a training step read back from it has once stood still (docs/two_hosts.md).
     """
     return {
         "JAX_ENABLE_COMPILATION_CACHE": "false",
