@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.broadcast import Receiver, Sender
@@ -274,7 +275,8 @@ def connect(mesh: Mesh) -> None:
     """Bring all processes together and let their devices connect along every set of mesh axes.
 
     Devices that reduce together for the first time must do so within 30 s (Gloo), and processes are that much apart
-    once they have read data or compiled. With several processes, process 0 logs the topology.
+    once they have read data or compiled. With several processes, process 0 logs the topology. On CPUs JAX's
+    compilation cache is not used from here on: a training step read back from it has stood still in its collectives.
 
     Raises:
       StartError: some process did not come within the start timeout; names it.
@@ -282,6 +284,9 @@ def connect(mesh: Mesh) -> None:
     if jax.process_count() == 1:
         return
     _meet("mesh")
+    if mesh.devices.flat[0].platform == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        reset_cache()
     axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
     subsets = [subset for size in range(1, len(axes) + 1) for subset in itertools.combinations(axes, size)]
 

@@ -39,20 +39,18 @@ class Ended:
     at: float
 
 
-def child_environment(cache: Path) -> dict[str, str]:
-    """Strict promotion, our packages, and compiled programs shared between all processes that are given `cache`."""
+def child_environment() -> dict[str, str]:
+    """Strict promotion and our packages."""
     return dict(os.environ) | {
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
 
 
-def run_processes(program: str, arguments: Sequence[str], count: int, devices: int, cache: Path) -> list[Ended]:
+def run_processes(program: str, arguments: Sequence[str], count: int, devices: int) -> list[Ended]:
     """Run a program in `count` processes of `devices` simulated devices each until all have ended."""
-    environments = process_environments(count, devices, child_environment(cache))
+    environments = process_environments(count, devices, child_environment())
     children = [
         subprocess.Popen(
             [sys.executable, "-c", program, *arguments],
@@ -75,18 +73,16 @@ def run_processes(program: str, arguments: Sequence[str], count: int, devices: i
         return list(pool.map(wait, children))
 
 
-def train_stand_in(
-    config: Path, run_dir: Path, cache: Path, signal_at: tuple[int, int, int] = (0, 0, 0)
-) -> list[Ended]:
+def train_stand_in(config: Path, run_dir: Path, signal_at: tuple[int, int, int] = (0, 0, 0)) -> list[Ended]:
     """Train in two processes of two devices; `signal_at` is (step, rank, signal) for that process to send itself."""
     arguments = [*map(str, signal_at), "train", str(config), "--run-dir", str(run_dir), "--quiet"]
-    return run_processes(TRAIN_STAND_IN, arguments, 2, 2, cache)
+    return run_processes(TRAIN_STAND_IN, arguments, 2, 2)
 
 
-def launch(*command: str, cache: Path, devices: int = 2) -> subprocess.CompletedProcess[str]:
+def launch(*command: str, devices: int = 2) -> subprocess.CompletedProcess[str]:
     """`foejax COMMAND` in two processes by the launcher."""
     launcher = [sys.executable, "-m", "foejax.launch", "--nproc", "2", "--devices-per-process", str(devices), "--"]
-    return subprocess.run([*launcher, *command], env=child_environment(cache), capture_output=True, text=True)
+    return subprocess.run([*launcher, *command], env=child_environment(), capture_output=True, text=True)
 
 
 def figures(run_dir: Path) -> list[dict[str, float]]:

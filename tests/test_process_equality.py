@@ -75,6 +75,6 @@ def test_two_processes_equal_one_device(kind: str, sizes: dict[str, int], tmp_pa
     given, found = tmp_path / "given", tmp_path / "found"
     given.write_bytes(pickle.dumps(jax.device_get(jax.tree.leaves(nnx.state(tiny_model(config).transformer)))))
     arguments = [str(given), str(found), kind, json.dumps(sizes), str(groups)]
-    for ended in run_processes(PROGRAM, arguments, 2, 4, tmp_path):
+    for ended in run_processes(PROGRAM, arguments, 2, 4):
         assert ended.code == 0, ended.output
     compare(config, pickle.loads(found.read_bytes()))

@@ -25,7 +25,7 @@ MOE = {"model.num_groups": 1, "mesh.layout": "ep", "mesh.data": 1, "mesh.group":
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the text, the data cache, and `compiled` programs, which all processes share."""
+    """Folder with the text and the data cache."""
     folder = tmp_path_factory.mktemp("processes")
     os.environ["FOEJAX_CACHE"] = str(folder / "cache")
     write_corpus(folder / "words.jsonl", 40)
@@ -46,7 +46,7 @@ def config_of(place: Path, name: str, changes: dict[str, object], **training: ob
 def test_two_processes_train_foe_like_one(place: Path) -> None:
     """Batch and parameter shards cross processes; every micro-batch has rows of both."""
     config, file = config_of(place, "foe", {}, num_steps=4, gradient_accumulation=2)
-    launched = launch("train", str(file), "--run-dir", str(place / "foe"), "--quiet", cache=place / "compiled")
+    launched = launch("train", str(file), "--run-dir", str(place / "foe"), "--quiet")
     assert launched.returncode == 0, launched.stderr
     alone = train(config, place / "foe_alone", progress=False)
     assert len(losses(place / "foe")) == 4 + 2
@@ -56,14 +56,14 @@ def test_two_processes_train_foe_like_one(place: Path) -> None:
 def test_two_processes_train_and_evaluate_moe_like_one(place: Path) -> None:
     """The all-to-alls of tokens cross processes."""
     config, file = config_of(place, "moe", MOE, num_steps=2, eval_every=2)
-    run_dir, cache = place / "moe", place / "compiled"
-    trained = launch("train", str(file), "--run-dir", str(run_dir), "--quiet", cache=cache)
+    run_dir = place / "moe"
+    trained = launch("train", str(file), "--run-dir", str(run_dir), "--quiet")
     assert trained.returncode == 0, trained.stderr
     assert "[0] 2 processes: 4 devices on" in trained.stderr and "expert=4 crosses processes" in trained.stderr
     assert trained.stdout.startswith(f"[0] {run_dir}: step 2") and trained.stdout.count("\n") == 1
     alone = train(config, place / "moe_alone", progress=False)
     np.testing.assert_allclose(losses(run_dir), losses(alone.run_dir), rtol=1e-6)
-    evaluated = launch("evaluate", str(run_dir), "--batches", "2", "--json", cache=cache)
+    evaluated = launch("evaluate", str(run_dir), "--batches", "2", "--json")
     assert evaluated.returncode == 0, evaluated.stderr
     found = json.loads(evaluated.stdout.removeprefix("[0] "))
     assert found["loss"] == pytest.approx(alone.validation_loss, rel=1e-6)
@@ -80,7 +80,7 @@ def stand_in(place: Path) -> tuple[RunConfig, Path]:
 @pytest.fixture(scope="module")
 def whole(place: Path, stand_in: tuple[RunConfig, Path]) -> Path:
     """The run in two processes that nothing interrupts."""
-    for ended in train_stand_in(stand_in[1], place / "whole", place / "compiled"):
+    for ended in train_stand_in(stand_in[1], place / "whole"):
         assert ended.code == 0, ended.output
     return place / "whole"
 
@@ -88,14 +88,14 @@ def whole(place: Path, stand_in: tuple[RunConfig, Path]) -> Path:
 def test_whichever_process_is_killed_the_other_names_it_and_the_run_resumes_bit_for_bit(
     place: Path, stand_in: tuple[RunConfig, Path], whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (config, file), run_dir, cache = stand_in, place / "killed", place / "compiled"
+    (config, file), run_dir = stand_in, place / "killed"
     for step, lost in ((5, 1), (7, 0)):
-        ended = train_stand_in(file, run_dir, cache, signal_at=(step, lost, signal.SIGKILL))
+        ended = train_stand_in(file, run_dir, signal_at=(step, lost, signal.SIGKILL))
         other = ended[1 - lost]
         assert [ended[lost].code, other.code] == [-signal.SIGKILL, EXIT_LOST], other.output
         assert f"foejax: error: process {lost} on " in other.output and "Traceback" not in other.output
         assert other.at - ended[lost].at < 60
-    again = train_stand_in(file, run_dir, cache)
+    again = train_stand_in(file, run_dir)
     assert [each.code for each in again] == [0, 0], again[0].output + again[1].output
     assert "going on from step" in again[0].output
     assert figures(run_dir) == figures(whole)
@@ -110,7 +110,7 @@ def test_sigterm_to_one_process_makes_all_save_the_same_step(
 ) -> None:
     config, file = stand_in
     run_dir = place / "stopped"
-    ended = train_stand_in(file, run_dir, place / "compiled", signal_at=(2, 1, signal.SIGTERM))
+    ended = train_stand_in(file, run_dir, signal_at=(2, 1, signal.SIGTERM))
     assert [each.code for each in ended] == [75, 75], ended[0].output + ended[1].output
     step = max(int(path.name) for path in (run_dir / "checkpoints").iterdir())
     assert 3 <= step < STEPS
@@ -131,6 +131,7 @@ from sharding.collectives import gather_local, reduce_scatter_local
 hosts.start()
 layout = Layout.create("fsdp", data=4)
 hosts.connect(layout.mesh)
+assert not jax.config.jax_enable_compilation_cache  # what is read back may stand still
 spec = layout.batch_spec()
 rows = np.random.default_rng(0).integers(-9, 9, (4, 8, 6)).astype(np.float32)
 weights = np.random.default_rng(1).integers(-9, 9, (4, 2, 6)).astype(np.float32)
@@ -152,7 +153,7 @@ for shard in grad.addressable_shards:
 
 
 def test_sums_are_scattered_without_gloos_reduce_scatter(place: Path) -> None:
-    for ended in run_processes(REDUCE_SCATTER, [], 2, 2, place / "compiled"):
+    for ended in run_processes(REDUCE_SCATTER, [], 2, 2):
         assert ended.code == 0, ended.output
 
 
@@ -166,7 +167,7 @@ def test_foe_on_two_processes_of_four_devices_equals_one_process(place: Path, si
     mesh = {"mesh.devices": 8} | {f"mesh.{axis}": size for axis, size in sizes.items()}
     name = f"eight_{sizes['group']}"
     config, file = config_of(place, name, {**heads, "model.experts_per_token": 8, **mesh}, num_steps=10)
-    launched = launch("train", str(file), "--run-dir", str(place / name), "--quiet", cache=place / name, devices=4)
+    launched = launch("train", str(file), "--run-dir", str(place / name), "--quiet", devices=4)
     assert launched.returncode == 0, launched.stderr
     alone = train(config, place / f"{name}_alone", progress=False)
     np.testing.assert_allclose(losses(place / name), losses(alone.run_dir), rtol=1e-5)
@@ -177,7 +178,7 @@ def test_foe_resumes_on_another_mesh_with_the_same_losses(place: Path) -> None:
     """Two processes of two devices stop at step 4; one process with eight devices goes on for ten steps."""
     config, file = config_of(place, "remesh", {"data.batch_size": 8}, num_steps=14, eval_every=0, checkpoint_every=4)
     arguments = ["train", str(file), "--run-dir", str(place / "remesh"), "--quiet"]
-    first = launch(*arguments, "--training.num_steps", "4", cache=place / "remesh_compiled")
+    first = launch(*arguments, "--training.num_steps", "4")
     assert first.returncode == 0, first.stderr
     other = override_config(config, {"mesh.devices": 8, "mesh.data": 4, "mesh.group": 2})
     assert train(other, place / "remesh", progress=False).resumed_from == 4

@@ -67,7 +67,7 @@ class Served:
 def served(folder: Path, logs: Path) -> Iterator[Served]:
     """Two processes of two devices, once they serve."""
     argv = [sys.executable, "-m", "foejax", "serve", str(folder), "--port", "0", *SIZES]
-    environments = process_environments(2, 2, child_environment(folder.parent / "compiled"))
+    environments = process_environments(2, 2, child_environment())
     with contextlib.ExitStack() as stack:
         found = Served([], [logs / "0", logs / "1"])
         for environment, log in zip(environments, found.logs, strict=True):
@@ -124,7 +124,7 @@ def test_the_server_killed_while_idle_is_named_by_the_other(folder: Path, tmp_pa
 
 def test_the_launcher_serves_until_a_signal(folder: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "foejax.launch", "--nproc", "2", "--devices-per-process", "2", "--"]
-    environment = child_environment(folder.parent / "compiled")
+    environment = child_environment()
     with (tmp_path / "log").open("wb") as out:
         argv = [*launcher, "serve", str(folder), "--port", "0", *SIZES]
         process = subprocess.Popen(argv, env=environment, stdout=out, stderr=subprocess.STDOUT)

@@ -55,7 +55,7 @@ def check_scenario(kind: LayoutKind, num_layers: int, sizes: dict[str, int], dev
     """Two processes of some devices each see what this one sees, which is returned."""
     program = Path(serving_scenario.__file__).read_text(encoding="utf-8")
     arguments = [kind, str(num_layers), json.dumps(sizes), str(folder)]
-    for ended in run_processes(program, arguments, 2, devices, folder / "compiled"):
+    for ended in run_processes(program, arguments, 2, devices):
         assert ended.code == 0, ended.output
     first, second = (json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
     expected = json.loads(json.dumps(see(make_llm(kind, num_layers, sizes))))

@@ -52,8 +52,6 @@ class Trial:
         self._variables = {
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "FOEJAX_CACHE": str(self.folder / "cache"),
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
     def find_places(self) -> str:

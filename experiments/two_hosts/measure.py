@@ -113,12 +113,8 @@ def _processes(hosts: TwoHosts, case: Case, sizes: Sizes) -> Iterator[Ask]:
 
 
 def worker_environment(index: int) -> dict[str, str]:
-    """What makes a process one of the two.
-
-    Without JAX's compilation cache: a training step read back from it has once stood still (docs/two_hosts.md).
-    """
+    """What makes a process one of the two."""
     return {
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
         **simulated_environment(DEVICES_PER_HOST),
         "FOEJAX_COORDINATOR": f"{ADDRESSES[0]}:{_PORT}",
         "FOEJAX_NUM_PROCESSES": str(len(HOSTS)),
