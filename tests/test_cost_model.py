@@ -170,7 +170,7 @@ def test_an_exchange_sends_buffers_or_what_is_needed_or_a_copy_for_every_expert(
     missed = math.comb(56, 8) / math.comb(64, 8)
     token = 2 * 2048
     assert sent == {
-        "buffers": 8 * 1024 * token,
+        "buffers": 8 * math.ceil(1.25 * 1024 * (1 - missed)) * token,
         "needed": round(8 * (1 - missed) * 1024 * token),
         "copies": 8 * 1024 * token,
     }

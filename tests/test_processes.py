@@ -53,6 +53,7 @@ def test_two_processes_train_foe_like_one(place: Path) -> None:
     np.testing.assert_allclose(losses(place / "foe"), losses(alone.run_dir), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_moe_like_one(place: Path) -> None:
     """The all-to-alls of tokens cross processes."""
     config, file = config_of(place, "moe", MOE, num_steps=2, eval_every=2)

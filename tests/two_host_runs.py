@@ -59,5 +59,13 @@ def make_runs(noise: float = 0.0, overlap: float = 0.0) -> list[dict[str, Any]]:
                 exact = truth.predict(measurement_of(run))
                 seconds = exact * (1 + noise * random.standard_normal())
                 sent = {"host0": crossing * 1e6, "host1": crossing * 1e6}
-                runs.append(run | {"seconds": seconds, "audited_egress_bytes": sent, "egress_bytes": sent})
+                runs.append(
+                    run
+                    | {
+                        "seconds": seconds,
+                        "audited_egress_bytes": sent,
+                        "egress_bytes": sent,
+                        "audited_bounds": [max(sent.values())] * 2,
+                    }
+                )
     return runs

@@ -43,7 +43,7 @@ def measure_case(
                 seconds = [step_seconds(ask("run", program=program)) for _ in range(repeats)]
                 after = hosts.sent_bytes()
                 counted = {host: (after[host] - before[host]) / repeats for host in HOSTS}
-                collectives = those_that_ran(prepared["collectives"], counted)
+                collectives, bounds = those_that_ran(prepared["collectives"], counted)
                 run = {
                     "name": case.name,
                     "kind": case.kind,
@@ -55,6 +55,7 @@ def measure_case(
                     "seconds_all": seconds,
                     "egress_bytes": counted,
                     "audited_egress_bytes": audited_egress(collectives),
+                    "audited_bounds": bounds,
                     **prepared,
                     "collectives": collectives,
                 }
@@ -72,14 +73,26 @@ def audited_egress(collectives: Sequence[Mapping[str, Any]]) -> dict[str, float]
     return {host: sum(row["count"] * row["egress_bytes"][host] for row in collectives) for host in HOSTS}
 
 
-def those_that_ran(collectives: Sequence[Mapping[str, Any]], counted: Mapping[str, float]) -> list[Mapping[str, Any]]:
-    """The collectives of a step without the buffer sizes that it did not take.
+def those_that_ran(
+    collectives: Sequence[Mapping[str, Any]], counted: Mapping[str, float]
+) -> tuple[list[Mapping[str, Any]], tuple[float, float]]:
+    """The collectives of a step, and the least and the most bytes that the busier host may send with them.
 
-    Sizes lie further apart than what is counted does from the audit, so that the counters tell which one ran.
+    An exchange of tokens takes one of two buffer sizes, in each layer as its tokens have it. How many take the larger
+    one is read off the counters, and `count` becomes that share of it; without such a choice both bounds are the same.
+
+    Raises:
+      ValueError: more than two sizes.
     """
-    branches = {row["branch"] for row in collectives if "branch" in row} or {None}
-    choices = [[row for row in collectives if row.get("branch") in (None, branch)] for branch in sorted(branches)]
-    return min(choices, key=lambda rows: abs(sum(audited_egress(rows).values()) - sum(counted.values())))
+    branches = sorted({row["branch"] for row in collectives if "branch" in row})
+    if len(branches) > 2:
+        raise ValueError(f"an exchange has {len(branches)} buffer sizes, and the counters tell two apart")
+    sides = [[row for row in collectives if row.get("branch") in (None, side)] for side in branches or [None]]
+    low, high = (max(audited_egress(rows).values()) for rows in (sides[0], sides[-1]))
+    large = min(max((max(counted.values()) - low) / (high - low), 0.0), 1.0) if high > low else 0.0
+    shares = dict(zip(branches, (1.0 - large, large), strict=False))
+    ran = [row | {"count": row["count"] * shares[row["branch"]]} if "branch" in row else row for row in collectives]
+    return [row for row in ran if row["count"]], (low, high)
 
 
 @contextmanager

@@ -85,16 +85,20 @@ def _bytes_section(runs: Sequence[Run]) -> list[str]:
     """Per step and host, sent to the other one: the audit's figure and the interface counters'."""
     lines = [
         "Sent by one host to the other in a step, the larger of the two. Counted: on the interface, headers and "
-        "acknowledgements included, over all rates.",
+        "acknowledgements included, over all rates. Where the audit has two figures, exchanges of tokens choose "
+        "between two buffer sizes, and what is counted should lie between them.",
         "",
         "| layout | program | audited, MB | counted, MB | counted over audited |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
     for (name, program), own in _by_name_and_program(runs).items():
         counted = [counted_bytes(run) for run in own]
-        cells = [f"{audited_bytes(own[0]) / 1e6:.3f}", _span(counted, 1e6, 3)]
+        cells = [_span(own[0]["audited_bounds"], 1e6, 3), _span(counted, 1e6, 3)]
         ratios = [excess for run in own if (excess := bytes_excess(run)) is not None]
-        cells.append(f"{min(ratios):+.1%} to {max(ratios):+.1%}" if ratios else "")
+        if len(set(own[0]["audited_bounds"])) > 1 and not any(ratios):
+            cells.append("between the two")
+        else:
+            cells.append(f"{min(ratios):+.1%} to {max(ratios):+.1%}" if ratios else "")
         lines.append(f"| {name} | {TITLES[program].lower()} | " + " | ".join(cells) + " |")
     beyond = [run for run in runs if abs(bytes_excess(run) or 0.0) > ALLOWED_BYTES]
     lines += ["", f"Further than {ALLOWED_BYTES:.0%} from the audit: {_named(beyond)}."]
@@ -193,9 +197,14 @@ def counted_bytes(run: Run) -> float:
 
 
 def bytes_excess(run: Run) -> float | None:
-    """Counted over audited bytes of a step, less one; None where nothing should cross."""
-    audited = audited_bytes(run)
-    return counted_bytes(run) / audited - 1 if audited else None
+    """Counted over audited bytes of a step, less one; None where nothing should cross.
+
+    Where exchanges choose between buffer sizes the audit gives bounds: 0 between them, else from the nearer one.
+    """
+    low, high = run["audited_bounds"]
+    if not high:
+        return None
+    return max(counted_bytes(run) / high - 1, 0.0) or min(counted_bytes(run) / low - 1, 0.0)
 
 
 def _named(runs: Sequence[Run]) -> str:

@@ -14,7 +14,6 @@ the wire full in both directions and 2 for one that sends and receives in turn.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 from foejax.analysis.cost_model.traffic import traffic_of
 from sharding import Layout
@@ -162,7 +162,7 @@ def _fit_with_overlap(measurements: Sequence[Measurement], names: Sequence[str],
             ]
         )
         scale = np.maximum(np.abs(table).max(axis=0), 1e-300)
-        weights = _nonnegative_least_squares(table / scale, np.ones(len(measurements))) / scale
+        weights = nnls(table / scale, np.ones(len(measurements)))[0] / scale
         calibration = Calibration(dict(zip(names, weights.tolist(), strict=True)), overlap, len(measurements))
         before, copies_longer = copies_longer, [calibration.copies_longer(run) for run in measurements]
         if copies_longer == before:
@@ -174,24 +174,6 @@ def _share(name: str, copies_longer: bool, overlap: float) -> float:
     """Of a term that is not hidden behind a longer one."""
     is_shorter = not copies_longer if name == COPYING else name.startswith(WIRE) and copies_longer
     return 1 - overlap if is_shorter else 1.0
-
-
-def _nonnegative_least_squares(table: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The best of the least-squares solutions over all subsets of the columns that have no negative weight.
-
-    The optimum is one of them; with a handful of columns trying all is quick.
-    """
-    gram, moment = table.T @ table, table.T @ target
-    best, least = np.zeros(table.shape[1]), 0.0
-    for size in range(1, table.shape[1] + 1):
-        for columns in itertools.combinations(range(table.shape[1]), size):
-            chosen = list(columns)
-            solution, *_ = np.linalg.lstsq(gram[np.ix_(chosen, chosen)], moment[chosen], rcond=None)
-            loss = float(solution @ gram[np.ix_(chosen, chosen)] @ solution - 2 * solution @ moment[chosen])
-            if solution.min() >= 0 and loss < least:
-                best, least = np.zeros(table.shape[1]), loss
-                best[chosen] = solution
-    return best
 
 
 def at_rates(measurements: Iterable[Measurement], rates_mbit: Sequence[float]) -> list[Measurement]:
