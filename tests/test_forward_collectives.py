@@ -32,6 +32,8 @@ def run_config(groups: int, layout: str, **mesh: int) -> RunConfig:
 LAYOUTS: dict[str, tuple[int, str, dict[str, int]]] = {
     "foe": (8, "foe", {"group": 8}),
     "foe, two groups a device": (8, "foe", {"group": 4, "data": 2}),
+    "foe, two groups": (2, "foe", {"group": 2, "data": 4}),
+    "foe, four groups": (4, "foe", {"group": 4, "data": 2}),
     "foe, groups of two devices": (4, "foe", {"group": 4, "expert": 2}),
     "foe, two groups on two devices": (8, "foe", {"group": 4, "expert": 2}),
     "ep": (1, "ep", {"expert": 4, "data": 2}),
@@ -40,7 +42,7 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, int]]] = {
 }
 
 
-SLOW = {"foe, two groups a device", "foe, groups of two devices"}
+SLOW = {"foe, two groups a device", "foe, two groups", "foe, four groups", "foe, groups of two devices"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS])
@@ -52,11 +54,12 @@ def test_programs_send_what_the_formulas_say(name: str) -> None:
     for program, rows in compared.items():
         different = [row for row in rows if row["count"] != row["expected_count"]]
         assert rows and not different, (program, different)
-    check_axes(kind, mesh, report["forward"])
+    for rows in report.values():
+        check_axes(kind, mesh, rows)
 
 
-def check_axes(kind: str, mesh: dict[str, int], forward: list[dict[str, Any]]) -> None:
+def check_axes(kind: str, mesh: dict[str, int], found: list[dict[str, Any]]) -> None:
     """A group's tokens stay with its devices."""
-    exchanges = [row for row in forward if row["op"] == "all-to-all"]
+    exchanges = [row for row in found if row["op"] == "all-to-all"]
     wanted = {("group",)} if kind == "tp_ep" else {("expert",)} if mesh.get("expert", 1) > 1 else set()
     assert {tuple(row["axes"]) for row in exchanges} == wanted

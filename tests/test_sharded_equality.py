@@ -46,6 +46,8 @@ SLOW = pytest.mark.slow
         ("foe", {"group": 2, "expert": 2, "data": 2}, "full", "float32"),
         ("tp", {"group": 4, "data": 2}, "full", "float32"),
         ("tp_ep", {"group": 4, "data": 2}, "full", "float32"),
+        pytest.param("ep", {"expert": 2, "data": 1}, "none", "float32", marks=SLOW),
+        pytest.param("ep", {"expert": 4, "data": 1}, "none", "float32", marks=SLOW),
         pytest.param("foe", {"group": 1, "expert": 2, "data": 1}, "none", "float32", marks=SLOW),
         pytest.param("foe", {"group": 1, "expert": 4, "data": 1}, "none", "float32", marks=SLOW),
         pytest.param("foe", {"group": 2, "expert": 2, "data": 1}, "dots", "float32", marks=SLOW),

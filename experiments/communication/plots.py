@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from experiments.communication.calibrated import Calibrated
-from experiments.two_hosts.report import rate_text
+from experiments.two_hosts.report import rate_text, state_limits
 from foejax.analysis.plan import ONE_PROMPT, PAPER_ENGINE, Plan, find
 
 
@@ -33,6 +33,7 @@ def plot_predictions(calibrated: Calibrated, path: Path) -> None:
     axes.set_ylabel("predicted (band: 15%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    state_limits(figure)
     figure.savefig(path, dpi=120)
 
 

@@ -255,5 +255,11 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     axes.set_title(f"{TITLES[runs[0]['program']]}, {runs[0]['tokens']:,} tokens")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.supxlabel("\n".join(textwrap.wrap(" ".join(LIMITS), 125)), fontsize=7)
+    state_limits(figure)
     figure.savefig(path, dpi=120)
+
+
+def state_limits(figure: Figure) -> None:
+    """Write under a plot of these measurements what they cannot show."""
+    columns = int(15 * figure.get_figwidth())
+    figure.supxlabel("\n".join(textwrap.wrap(" ".join(LIMITS), columns)), fontsize=7)
