@@ -27,7 +27,7 @@ from foejax.models.rows import collect_rows, spread_rows
 from sharding import Layout
 
 EXCHANGED = "exchanged_tokens"
-"""Checkpoint name of what arrived from other devices; saved by every remat policy."""
+"""Checkpoint name of what arrived from other devices, or was agreed with them; saved by every remat policy."""
 
 BUFFER_SLACK = 1.25
 """First buffer size, relative to the expected number of slots per pair of devices under uniform routing."""
@@ -100,7 +100,7 @@ def exchange_and_run(experts: Experts, h_ND: jax.Array, routing: Routing, layout
     if len(sizes) == 1:
         return run(sizes[0])
     counts_2P = jnp.stack([needed_PSN.any(axis=1).sum(axis=1), needed_PSN.sum(axis=(1, 2))]).astype(jnp.int32)
-    largest_2 = layout.max_over_expert_shards_local(counts_2P.max(axis=1))
+    largest_2 = checkpoint_name(layout.max_over_expert_shards_local(counts_2P.max(axis=1)), EXCHANGED)
     too_small = jnp.any(largest_2[None] > jnp.asarray(sizes[:-1], jnp.int32), axis=1)
     return jax.lax.switch(too_small.sum(dtype=jnp.int32), [lambda size=size: run(size) for size in sizes])
 
