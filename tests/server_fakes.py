@@ -8,15 +8,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
+import jax
 import numpy as np
 import openai
 from serving_fakes import END, FakeDevices, continuation
+from tiny import tiny_config
 
 from foejax.data import Tokenizer
 from foejax.data.tokenizer import train_bpe
+from foejax.interop import export_model
+from foejax.models import LanguageModel
 from foejax.serving.engine import Engine
 from foejax.serving.engine_thread import EngineThread
 from foejax.serving.expert_budget import ExpertReads
@@ -27,6 +32,7 @@ from foejax.serving.server.chat_template import ChatTemplate
 from foejax.serving.server.process import Server, bind, url_of
 from foejax.serving.step_plan import StepPlan
 from foejax.serving.token_logprobs import TokenLogprobs
+from sharding import Layout
 
 CONTEXT = 96
 NAME = "fake"
@@ -222,3 +228,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it never came true"
         time.sleep(0.005)
+
+
+def export_byte_model(folder: Path) -> Path:
+    """An exported model of one layer that knows bytes."""
+    config = tiny_config(num_layers=1, num_groups=2, vocab_size=264, num_experts=8, experts_per_token=4)
+    model = LanguageModel.create(config, Layout.single_device(), jax.random.key(0))
+    return export_model(model, folder, tokenizer=byte_tokenizer())

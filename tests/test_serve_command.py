@@ -16,20 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import jax
 import openai
 import pytest
-from server_fakes import byte_tokenizer, wait_until
-from tiny import tiny_config
+from server_fakes import export_byte_model, wait_until
 
 import foejax
 from foejax.cli import main
 from foejax.commands.engine_options import engine_config_of
 from foejax.commands.parser import make_parser
-from foejax.interop import export_model
-from foejax.models import LanguageModel
 from foejax.serving.engine_config import EngineConfig
-from sharding import Layout
 
 SIZES = ["--context", "64", "--max-sequences", "1", "--prefill-tokens", "16", "--decode-steps", "1"]
 PROMPTS = ["The cat", "sat on", "the mat and", "saw a rat."]
@@ -37,10 +32,7 @@ PROMPTS = ["The cat", "sat on", "the mat and", "saw a rat."]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported model of one layer that knows bytes."""
-    config = tiny_config(num_layers=1, num_groups=2, vocab_size=264, num_experts=8, experts_per_token=4)
-    model = LanguageModel.create(config, Layout.single_device(), jax.random.key(0))
-    return export_model(model, tmp_path_factory.mktemp("served") / "tiny", tokenizer=byte_tokenizer())
+    return export_byte_model(tmp_path_factory.mktemp("served") / "tiny")
 
 
 @dataclass

@@ -13,17 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import jax
 import pytest
 from process_runs import child_environment
-from server_fakes import byte_tokenizer, wait_until
-from tiny import tiny_config
+from server_fakes import export_byte_model, wait_until
 
 import foejax
-from foejax.interop import export_model
 from foejax.launch import process_environments
-from foejax.models import LanguageModel
-from sharding import Layout
 from sharding.roll_call import EXIT_LOST
 
 pytestmark = pytest.mark.slow
@@ -34,10 +29,7 @@ PROMPTS = ["The cat", "sat on", "the mat and", "saw a rat."]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported model of one layer that knows bytes; beside it, `compiled` programs."""
-    config = tiny_config(num_layers=1, num_groups=2, vocab_size=264, num_experts=8, experts_per_token=4)
-    model = LanguageModel.create(config, Layout.single_device(), jax.random.key(0))
-    return export_model(model, tmp_path_factory.mktemp("served") / "tiny", tokenizer=byte_tokenizer())
+    return export_byte_model(tmp_path_factory.mktemp("served") / "tiny")
 
 
 @dataclass
