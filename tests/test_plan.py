@@ -13,6 +13,8 @@ from foejax.analysis.cost_model.serving import simulate_serving, step_of
 from foejax.analysis.cost_model.step import Row, prefill_step
 from foejax.analysis.plan import Workload, find, make_plan, ratio_parts
 from foejax.cli import main
+from foejax.commands.parser import make_parser
+from foejax.commands.plan import workload_of
 from foejax.config import ConfigError, load_config
 from foejax.serving.engine_config import EngineConfig
 from foejax.serving.load.trace import Lengths, make_trace
@@ -171,3 +173,8 @@ def test_the_command_refuses_in_one_line(
 def test_layouts_on_paper_need_no_devices() -> None:
     layout = Layout.abstract("foe", MeshSizes(64, 8, 2))
     assert layout.mesh.size == 1024 and layout.num_token_shards == 128
+
+
+def test_the_commands_defaults_are_those_of_python() -> None:
+    options = make_parser().parse_args(["plan", "foe_7b", "--cluster", "8xH100"])
+    assert workload_of(options, FOE) == Workload()

@@ -6,9 +6,12 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from foejax.config import ConfigError, load_config
+from foejax.config import ConfigError, RunConfig, load_config
+
+if TYPE_CHECKING:
+    from foejax.analysis.plan import Workload
 
 _CLUSTER = "cluster."
 
@@ -49,21 +52,33 @@ def add_arguments(
 def run_plan(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     """Print the plan as tables or as JSON."""
     from foejax.analysis.cost_model.cluster import read_cluster
-    from foejax.analysis.plan import Workload, make_plan
+    from foejax.analysis.plan import make_plan
     from foejax.analysis.plan_report import format_plan
-    from foejax.serving.load.trace import Lengths
 
     changes = {name.removeprefix(_CLUSTER): value for name, value in overrides.items() if name.startswith(_CLUSTER)}
     config = load_config(
         options.config, {name: value for name, value in overrides.items() if not name.startswith(_CLUSTER)}
     )
-    cluster = read_cluster(options.cluster, changes)
+    plan = make_plan(config, read_cluster(options.cluster, changes), workload_of(options, config))
+    print(json.dumps(plan.as_dict(), allow_nan=False) if options.json else format_plan(plan))
+
+
+def workload_of(options: argparse.Namespace, config: RunConfig) -> Workload:
+    """What is to be predicted.
+
+    Raises:
+      ConfigError: an imbalance below 1.
+      ValueError: lengths of prompts that cannot be read.
+    """
+    from foejax.analysis.plan import Workload
+    from foejax.serving.load.trace import Lengths
+
     if options.imbalance < 1:
         raise ConfigError(
             f"imbalance={options.imbalance:g}: the fullest device has at least the mean, choose 1 or more"
         )
     default = Workload()
-    workload = replace(
+    return replace(
         default,
         tokens=options.tokens or min(default.tokens, config.model.max_seq_len),
         sequences=options.sequences,
@@ -74,5 +89,3 @@ def run_plan(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
         prompts=Lengths.parse(options.prompt_tokens),
         engine=replace(default.engine, max_sequences=options.max_sequences, prefill_tokens=options.prefill_tokens),
     )
-    plan = make_plan(config, cluster, workload)
-    print(json.dumps(plan.as_dict(), allow_nan=False) if options.json else format_plan(plan))
