@@ -58,13 +58,19 @@ class ModelConfig(Section):
     head_dim: Positive = 96
     """size K of one head"""
     num_experts: Positive = 64
-    """routed experts E per layer over all groups"""
+    """routed experts E per layer over all groups or heads"""
     experts_per_token: Positive = 8
-    """chosen experts k per token over all groups; each group takes k / num_groups of its own"""
+    """chosen experts k per token over all groups or heads; each takes its equal share among its own"""
     expert_hidden_size: Positive = 384
-    """inner width F of one SwiGLU expert"""
+    """inner width F of one expert"""
+    expert_activation: Literal["swiglu", "gelu"] = "swiglu"
+    """swiglu: three matrices; gelu: two, with the exact GELU between them"""
     num_groups: Positive = 1
     """FoE groups H; 1 is the plain MoE"""
+    num_ffn_heads: NonNegative = 0
+    """heads of Multi-Head LatentMoE, each with its own sub-token, router and experts; 0: experts read whole tokens"""
+    ffn_head_dim: NonNegative = 0
+    """size of a sub-token; 0 takes hidden_size / num_ffn_heads"""
     max_seq_len: Positive = 2048
     """longest context in tokens"""
     rope_base: PositiveFloat = 500_000.0
@@ -77,8 +83,8 @@ class ModelConfig(Section):
     """weight of a merged branch: 1/H (the paper's mean), 1/sqrt(H) or 1"""
     embedding_scale: PositiveFloat = 1.0
     """factor on the token embedding"""
-    router_score: Literal["softmax", "sigmoid"] = "softmax"
-    """non-linearity of the router"""
+    router_score: Literal["softmax", "sigmoid", "topk_softmax"] = "softmax"
+    """non-linearity of the router; topk_softmax: the choice by logits, then the softmax over the chosen ones"""
     router_scope: Literal["global", "group"] = "global"
     """softmax over all experts, or over the experts of each group"""
     init_std: PositiveFloat = 0.02
@@ -93,6 +99,12 @@ class ModelConfig(Section):
         _require_multiple("num_query_heads", self.num_query_heads, "num_kv_heads", self.num_kv_heads)
         _require_multiple("num_experts", self.num_experts, "num_groups", groups)
         _require_multiple("experts_per_token", self.experts_per_token, "num_groups", groups)
+        if self.num_ffn_heads:
+            self._check_heads()
+        elif self.ffn_head_dim:
+            raise ValueError(
+                f"ffn_head_dim={self.ffn_head_dim} has no meaning without num_ffn_heads: set both, or none"
+            )
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"experts_per_token={self.experts_per_token} is more than num_experts={self.num_experts}: "
@@ -105,24 +117,67 @@ class ModelConfig(Section):
                 "router_scope=group has no meaning with router_score=sigmoid (each score stands alone): "
                 "set router_scope=global"
             )
+        if self.router_score == "topk_softmax" and self.experts_per_stack < 2:
+            raise ValueError(
+                f"router_score=topk_softmax gives the only expert of experts_per_token={self.experts_per_token} over "
+                f"{self.num_stacks} stacks the weight 1, and the router no gradient: choose twice as many, or softmax"
+            )
         return self
+
+    def _check_heads(self) -> None:
+        heads = self.num_ffn_heads
+        if self.num_groups > 1:
+            raise ValueError(
+                f"num_ffn_heads={heads} does not go with num_groups={self.num_groups}: experts are stacked by heads or "
+                "by groups, set one of them"
+            )
+        _require_multiple("num_experts", self.num_experts, "num_ffn_heads", heads)
+        _require_multiple("experts_per_token", self.experts_per_token, "num_ffn_heads", heads)
+        if not self.ffn_head_dim:
+            _require_multiple("hidden_size", self.hidden_size, "num_ffn_heads", heads)
+        if self.router_scope == "global" and self.router_score == "softmax":
+            raise ValueError(
+                f"router_scope=global has no meaning with num_ffn_heads={heads}, each of which routes on its own: "
+                "set router_scope=group, or router_score=topk_softmax"
+            )
+
+    @property
+    def num_stacks(self) -> int:
+        """Stacks of experts with a router each: FoE's groups, the heads of Multi-Head LatentMoE, or 1."""
+        return self.num_ffn_heads or self.num_groups
+
+    @property
+    def stack_axis(self) -> str:
+        """Logical name of the dimension that runs over the stacks."""
+        return "ffn_heads" if self.num_ffn_heads else "group"
+
+    @property
+    def experts_per_stack(self) -> int:
+        """Chosen experts per token in each stack."""
+        return self.experts_per_token // self.num_stacks
+
+    @property
+    def expert_width(self) -> int:
+        """Size of what an expert reads and writes."""
+        return self.ffn_head_dim or self.hidden_size // max(self.num_ffn_heads, 1)
 
 
 class MeshConfig(Section):
     """How devices are arranged. A size of 0 is derived from the others and the device count."""
 
-    layout: Literal["auto", "foe", "fsdp", "ep", "tp", "tp_ep"] = "auto"
+    layout: Literal["auto", "foe", "fsdp", "ep", "tp", "tp_ep", "hp"] = "auto"
     """foe: groups over the mesh; fsdp: data parallel with sharded parameters; ep: experts over the mesh, tokens by
     all-to-all; tp: heads and experts over the mesh, two all-reduces a layer; tp_ep: heads and experts over the mesh,
-    tokens by all-to-all; auto: foe for num_groups > 1, else fsdp"""
+    tokens by all-to-all; hp: heads of Multi-Head LatentMoE over the mesh, sub-tokens by all-to-all before they are
+    routed; auto: foe for num_groups > 1, hp for num_ffn_heads, else fsdp"""
     devices: NonNegative = 0
     """devices to use; 0 takes all there are"""
     data: NonNegative = 0
     """size of the `data` axis: batch and parameter shards"""
     group: NonNegative = 0
-    """size of the `group` axis: FoE groups; heads and experts of the tp and tp_ep layouts"""
+    """size of the `group` axis: FoE groups; heads and experts of the tp and tp_ep layouts; heads of the hp layout"""
     expert: NonNegative = 0
-    """size of the `expert` axis: experts and tokens of the ep layout, or of each group of the foe layout"""
+    """size of the `expert` axis: experts and tokens of the ep layout, of each group of foe, of each head of hp"""
 
 
 class DataConfig(Section):

@@ -33,8 +33,8 @@ class Layout:
     Attributes:
       mesh: axes `data`, `group`, `expert`.
       kind: foe (groups over `group`, each over `expert`), fsdp (data parallel), ep (experts over `expert`), tp (heads
-        and experts over `group`, every device all tokens) or tp_ep (the same, and outside attention each device its
-        slice of the tokens).
+        and experts over `group`, every device all tokens), tp_ep (the same, and outside attention each device its
+        slice of the tokens) or hp (heads of the experts over `group`, each over `expert`, every device its own tokens).
       shard_params: parameters are also split over `data` and gathered layer by layer (training); otherwise they are
         replicated over `data` (decoding).
     """
@@ -51,6 +51,7 @@ class Layout:
         num_groups: int = 1,
         num_experts: int = 1,
         num_kv_heads: int = 1,
+        num_ffn_heads: int = 1,
         num_devices: int = 0,
         data: int = 0,
         group: int = 0,
@@ -71,6 +72,7 @@ class Layout:
             num_groups=num_groups,
             num_experts=num_experts,
             num_kv_heads=num_kv_heads,
+            num_ffn_heads=num_ffn_heads,
             data=data,
             group=group,
             expert=expert,
@@ -113,7 +115,17 @@ class Layout:
     @property
     def token_axes(self) -> tuple[str, ...]:
         """Mesh axes over which the batch is split; over the others every device holds the same tokens."""
+        return (*self.routed_token_axes, GROUP) if self.exchanges_heads else self.routed_token_axes
+
+    @property
+    def routed_token_axes(self) -> tuple[str, ...]:
+        """The same where tokens are routed: with `exchanges_heads`, devices of the `group` axis have joined theirs."""
         return (DATA, EXPERT)
+
+    @property
+    def exchanges_heads(self) -> bool:
+        """Whether devices of the `group` axis have tokens of their own, and meet in the heads of the experts."""
+        return self.kind == "hp"
 
     @property
     def num_token_shards(self) -> int:
@@ -128,7 +140,10 @@ class Layout:
     @cached_property
     def rules(self) -> dict[str, str]:
         """Mesh axis of every logical axis that is split; the others are replicated."""
-        rules = {"heads" if self.splits_heads else "group": GROUP, "vocab": GROUP, "experts": self.expert_axis}
+        if self.exchanges_heads:
+            rules = {"ffn_heads": GROUP, "experts": EXPERT}
+        else:
+            rules = {"heads" if self.splits_heads else "group": GROUP, "vocab": GROUP, "experts": self.expert_axis}
         if self.shard_params:
             rules["embed"] = DATA
         return {logical: axis for logical, axis in rules.items() if self.mesh.shape[axis] > 1}
@@ -155,12 +170,14 @@ class Layout:
         return PartitionSpec(self.token_axes, *trailing)
 
     def group_spec(self, leading: int) -> PartitionSpec:
-        """Partition of an array whose dimension number `leading` runs over the groups."""
-        return PartitionSpec(*(None,) * leading, self.head_axes[0])
+        """Partition of an array whose dimension number `leading` runs over the groups, or heads, of the experts."""
+        return PartitionSpec(*(None,) * leading, None if self.splits_heads else GROUP)
 
     @property
     def head_axes(self) -> tuple[str | None, str | None]:
         """Mesh axes of two dimensions that run over the groups and over the key/value heads of a group."""
+        if self.exchanges_heads:
+            return (None, None)
         return (None, GROUP) if self.splits_heads else (GROUP, None)
 
     @property
@@ -168,12 +185,12 @@ class Layout:
         """Partition of routing [L, H, N] that `routing_slice_local` has cut."""
         if self.splits_heads:
             return PartitionSpec(None, None, (*self.token_axes, *self.slice_axes))
-        return PartitionSpec(None, GROUP, self.token_axes)
+        return PartitionSpec(None, GROUP, self.routed_token_axes)
 
     @property
     def logits_spec(self) -> PartitionSpec:
         """Partition of logits [B, V] of which every device computes its part of the vocabulary."""
-        return self.batch_spec(GROUP)
+        return self.batch_spec(None if self.exchanges_heads else GROUP)
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """`spec` on this mesh."""
@@ -220,7 +237,7 @@ class Layout:
         Groups over the mesh meet here and nowhere else. Where one group's heads are split, its experts' outputs are
         whole already and the branch alone is summed; `own_SND` then holds the tokens carried here.
         """
-        if self.mesh.shape[GROUP] == 1:
+        if self.num_token_slices == 1:
             return (own_SND + branch_SND).sum(axis=0)
         if not self.splits_heads:
             return self.vary_local(lax.psum((own_SND + branch_SND).sum(axis=0), GROUP))
@@ -232,14 +249,14 @@ class Layout:
     def last_merge_local(self, out_SND: jax.Array) -> jax.Array:
         """Sum over all groups of what the last layer's experts added, [N, D]."""
         total_ND = out_SND.sum(axis=0)
-        if self.mesh.shape[GROUP] == 1 or self.splits_heads:
+        if self.num_token_slices == 1 or self.splits_heads:
             return total_ND
         return self.vary_local(lax.psum(total_ND, GROUP))
 
     def last_merge_slice_local(self, out_SND: jax.Array) -> jax.Array:
         """The same, of which this device gets its slice of the tokens: [N / devices in `group`, D]."""
         total_ND = out_SND.sum(axis=0)
-        if self.mesh.shape[GROUP] == 1 or self.slices_tokens:
+        if self.num_token_slices == 1 or self.slices_tokens:
             return total_ND
         if self.splits_heads:
             return self._slice_local(total_ND, 0)
@@ -265,7 +282,7 @@ class Layout:
         return self.vary_local(lax.psum(picked_MD, GROUP))
 
     def _slice_local(self, x: jax.Array, dim: int) -> jax.Array:
-        count = self.mesh.shape[GROUP]
+        count = self.num_token_slices
         if count == 1:
             return x
         size = x.shape[dim] // count
@@ -279,12 +296,25 @@ class Layout:
     @property
     def slice_axes(self) -> tuple[str, ...]:
         """Mesh axes over which `token_slice_local` cuts a device's tokens."""
-        return (GROUP,)
+        return () if self.exchanges_heads else (GROUP,)
 
     @property
     def num_token_slices(self) -> int:
-        """Into how many slices `token_slice_local` cuts a device's tokens."""
-        return self.mesh.shape[GROUP]
+        """Into how many slices `token_slice_local` cuts a device's tokens: the devices that hold the same ones."""
+        return 1 if self.exchanges_heads else self.mesh.shape[GROUP]
+
+    def exchange_heads_local(self, x_P: jax.Array) -> jax.Array:
+        """All-to-all of equal parts along the `group` axis: block p goes to device p."""
+        return all_to_all_local(x_P, GROUP)
+
+    def routed_tokens_local(self, x_N: jax.Array) -> jax.Array:
+        """Of every token that this device routes: with `exchanges_heads`, those of all devices of the `group` axis."""
+        return x_N if self.num_head_exchangers == 1 else lax.all_gather(x_N, GROUP, axis=0, tiled=True)
+
+    @property
+    def num_head_exchangers(self) -> int:
+        """Devices that send each other the sub-tokens of their heads."""
+        return self.mesh.shape[GROUP] if self.exchanges_heads else 1
 
     @property
     def num_expert_shards(self) -> int:
@@ -335,8 +365,8 @@ class Layout:
         return lax.axis_index(self.token_axes)
 
     def agree_local(self, x: jax.Array) -> jax.Array:
-        """A value that all devices of the `group` axis hold alike, marked as such so that it can leave the program."""
-        return lax.pmax(x, GROUP)
+        """A value that devices with the same tokens hold alike, marked as such so that it can leave the program."""
+        return x if self.exchanges_heads else lax.pmax(x, GROUP)
 
     def max_over_all_local(self, x: jax.Array) -> jax.Array:
         """Largest value on any device, the same on all."""
@@ -345,7 +375,7 @@ class Layout:
     def sum_over_tokens_local(self, x: jax.Array) -> jax.Array:
         """Sum of per-device routing statistics over the tokens of the batch, each counted once."""
         if not self.splits_heads:
-            return lax.psum(x, self.token_axes)
+            return lax.psum(x, self.routed_token_axes)
         total = lax.psum(x, AXES)
         return total if self.slices_tokens else total / self.mesh.shape[GROUP]
 

@@ -14,7 +14,7 @@ DATA, GROUP, EXPERT = "data", "group", "expert"
 AXES = (DATA, GROUP, EXPERT)
 """Outermost first: `data` may cross hosts, `group` may, `expert` should not."""
 
-LayoutKind = Literal["foe", "fsdp", "ep", "tp", "tp_ep"]
+LayoutKind = Literal["foe", "fsdp", "ep", "tp", "tp_ep", "hp"]
 
 
 class MeshSizes(NamedTuple):
@@ -49,6 +49,7 @@ def plan_mesh(
     num_groups: int = 1,
     num_experts: int = 1,
     num_kv_heads: int = 1,
+    num_ffn_heads: int = 1,
     data: int = 0,
     group: int = 0,
     expert: int = 0,
@@ -57,7 +58,9 @@ def plan_mesh(
 
     foe gives `group` as many devices as divide both the groups and the devices and the surplus to `data`; `expert` is 1
     unless given: that many devices then share each group. fsdp gives all to `data`; ep gives all it can to `expert` and
-    the surplus to `data`; tp and tp_ep give `group` as many as divide heads and experts and the surplus to `data`.
+    the surplus to `data`; tp and tp_ep give `group` as many as divide heads and experts and the surplus to `data`. hp
+    gives `group` as many as divide the heads and the surplus to `data`; more of `expert` than 1 needs one
+    head a device.
 
     Raises:
       ValueError: sizes that do not multiply to the device count or do not divide the model.
@@ -81,6 +84,18 @@ def plan_mesh(
         data = data or num_devices // group
         _check_divides("group", group, "num_kv_heads", num_kv_heads)
         _check_divides("group", group, "num_experts", num_experts)
+    elif kind == "hp":
+        expert = expert or 1
+        group = group or _derive("group", num_devices // expert, data, num_ffn_heads, "num_ffn_heads")
+        data = data or num_devices // (group * expert)
+        _check_divides("group", group, "num_ffn_heads", num_ffn_heads)
+        if expert > 1:
+            if group != num_ffn_heads:
+                raise ValueError(
+                    f"mesh.expert={expert} splits the experts of a head, and mesh.group={group} leaves "
+                    f"{num_ffn_heads // group} heads on a device: set mesh.group={num_ffn_heads} first"
+                )
+            _check_divides("expert", expert, "experts of a head", num_experts // num_ffn_heads)
     else:
         group, expert = _fixed_at_one("group", group, kind), _fixed_at_one("expert", expert, kind)
         data = data or num_devices

@@ -2,7 +2,7 @@
 
 The equations are those of Federation of Experts (arXiv 2605.06206, Table 2) with the shared residual r and each
 group's own expert output m carried apart, so that a group's stream is r + m. With one group it is the plain
-mixture-of-experts layer.
+mixture-of-experts layer, or with `num_ffn_heads` that of Multi-Head LatentMoE.
 
 Shape letters: S groups on this device, N tokens, D width, E experts of a group, k choices per token and group.
 """
@@ -19,6 +19,7 @@ from foejax.models.attention import GroupAttention
 from foejax.models.cache import AttentionCache
 from foejax.models.expert_parallel import run_experts
 from foejax.models.experts import Experts
+from foejax.models.latent_heads import LatentHeads
 from foejax.models.layers import make_norm, rms_norm
 from foejax.models.router import Router, RouterStats, Routing, SelectFn
 from sharding import Layout
@@ -49,8 +50,10 @@ class Block(nnx.Module):
         self.attention_norm_SD = make_norm(rngs, ("group", None), (config.num_groups, width), dtype)
         self.attention = GroupAttention(config, rngs)
         self.expert_norm_D = make_norm(rngs, (None,), (width,), dtype)
-        self.router = Router(config, rngs)
-        self.experts = Experts(config, rngs)
+        self.heads = LatentHeads(config, rngs) if config.num_ffn_heads else None
+        if self.heads is None:
+            self.router = Router(config, rngs)
+            self.experts = Experts(config, rngs)
 
     def __call__(
         self,
@@ -71,7 +74,8 @@ class Block(nnx.Module):
           layer: index of the layer, for the cache.
           angles_NK: rotary angles [tokens attended to, K/2].
           merge_scale: weight of the merged branches, a scalar in the activations' dtype.
-          active_tokens: [N] bool, False for padding, of the tokens carried here.
+          active_tokens: [N] bool, False for padding, of the tokens that are routed here
+            (`layout.routed_tokens_local` of those carried here).
         """
         residual_ND, expert_out_SND = streams.residual_ND, streams.expert_out_SND
         with jax.named_scope("attention"):
@@ -86,8 +90,12 @@ class Block(nnx.Module):
             residual_ND = checkpoint_name(residual_ND + merge_scale * merged_ND, MERGED_RESIDUAL)
         with jax.named_scope("experts"):
             h_ND = rms_norm(residual_ND, self.expert_norm_D[...][None], self.eps)
-            routing, stats = self.router(h_ND, layout, active_tokens=active_tokens, select_fn=select_fn)
-            expert_out_SND = run_experts(self.experts, h_ND, routing, layout)
+            if self.heads is None:
+                routing, stats = self.router(h_ND, layout, active_tokens=active_tokens, select_fn=select_fn)
+                expert_out_SND = run_experts(self.experts, h_ND, routing, layout)
+            else:
+                out_ND, routing, stats = self.heads(h_ND, layout, active_tokens=active_tokens, select_fn=select_fn)
+                expert_out_SND = out_ND[None]
         return Streams(residual_ND, expert_out_SND), cache, stats, routing
 
 

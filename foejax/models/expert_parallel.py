@@ -65,17 +65,22 @@ def buffer_sizes(num_tokens: int, k: int, num_experts: int, num_shards: int, gro
     return (*sizes, BufferSize(num_tokens, num_tokens * groups))
 
 
-def run_experts(experts: Experts, h_ND: jax.Array, routing: Routing, layout: Layout) -> jax.Array:
-    """Outputs [S, N, D] of a layer's experts, wherever they are; `routing` holds indices over all of each group's."""
+def run_experts(experts: Experts, h: jax.Array, routing: Routing, layout: Layout) -> jax.Array:
+    """Outputs [S, N, D] of a layer's experts, wherever they are.
+
+    Args:
+      h: tokens [N, D] that the groups share, or each group's own [S, N, D].
+      routing: indices over all experts of each group.
+    """
     if layout.num_expert_shards == 1:
-        return experts(h_ND, routing.indices_SNk, routing.weights_SNk, routing.valid_SNk)
+        return experts(h, routing.indices_SNk, routing.weights_SNk, routing.valid_SNk)
     run = exchange_and_run if layout.exchanges_tokens else _run_and_join
-    return run(experts, h_ND, routing, layout)
+    return run(experts, h[0] if h.ndim == 3 else h, routing, layout)  # groups of several devices are one a device
 
 
 def _run_and_join(experts: Experts, h_ND: jax.Array, routing: Routing, layout: Layout) -> jax.Array:
     """Every device runs its own experts on tokens that all of them hold, and their outputs are summed."""
-    local_experts = experts.gate_SEDF[...].shape[1]
+    local_experts = experts.num_experts
     groups, num_tokens, k = routing.indices_SNk.shape
     local_SNk = routing.indices_SNk - layout.expert_offset_local(local_experts)
     here_SNk = routing.valid_SNk & (local_SNk >= 0) & (local_SNk < local_experts)
@@ -87,7 +92,7 @@ def _run_and_join(experts: Experts, h_ND: jax.Array, routing: Routing, layout: L
 def exchange_and_run(experts: Experts, h_ND: jax.Array, routing: Routing, layout: Layout) -> jax.Array:
     """`run_experts` where tokens travel between `layout.num_expert_shards` devices."""
     shards = layout.num_expert_shards
-    local_experts = experts.gate_SEDF[...].shape[1]
+    local_experts = experts.num_experts
     groups, num_tokens, k = routing.indices_SNk.shape
     device_SNk = jnp.where(routing.valid_SNk, routing.indices_SNk // local_experts, shards)
     devices = jnp.arange(shards, dtype=jnp.int32)[:, None, None, None]
@@ -109,7 +114,7 @@ def _run_with_buffers(
     size: BufferSize, experts: Experts, h_ND: jax.Array, routing: Routing, needed_PSN: jax.Array, layout: Layout
 ) -> jax.Array:
     shards, groups, num_tokens = needed_PSN.shape
-    local_experts, k = experts.gate_SEDF[...].shape[1], routing.indices_SNk.shape[-1]
+    local_experts, k = experts.num_experts, routing.indices_SNk.shape[-1]
     there = _fill_slots(needed_PSN.any(axis=1), size.tokens)
     back = _fill_slots(needed_PSN.reshape(shards, -1), size.outputs)
     token_R = jnp.where(there.entry_R < there.row_PX.size, there.entry_R % num_tokens, num_tokens)

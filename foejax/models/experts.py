@@ -1,35 +1,40 @@
-"""The experts of the local groups: SwiGLU feed-forwards run as grouped matmuls over rows sorted by expert.
+"""The experts of the local groups: feed-forwards as grouped matmuls over rows sorted by expert.
 
-Shape letters: S groups on this device, N tokens, D width, E experts of a group, F expert hidden size, k choices per
-token and group, R rows.
+Shape letters: S groups (or heads) on this device, N tokens, D width of an expert, E experts of a group, F expert
+hidden size, k choices per token and group, R rows.
 """
 
 from __future__ import annotations
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from foejax.config import ModelConfig
-from foejax.models.layers import make_param
-from foejax.models.rows import plan_rows
+from foejax.models.layers import high_precision, make_param
+from foejax.models.rows import plan_rows, spread_rows
 from pallas_kernels import combine, grouped_matmul, grouped_swiglu
+from pallas_kernels.gathered_rows import GatheredRows
+from pallas_kernels.grouped_swiglu.api import PREACTIVATIONS
 
 
 class Experts(nnx.Module):
-    """SwiGLU experts (Shazeer, 2020) of every group; all local groups are one grouped matmul."""
+    """SwiGLU (Shazeer, 2020) or GELU experts of every group or head; all local ones are one grouped matmul."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        groups, width, hidden = config.num_groups, config.hidden_size, config.expert_hidden_size
-        experts = config.num_experts // groups
+        groups, width, hidden = config.num_stacks, config.expert_width, config.expert_hidden_size
+        experts, stack = config.num_experts // groups, config.stack_axis
         init, dtype = nnx.initializers.normal(config.init_std), config.dtype
-        into, out = ("group", "experts", "embed", None), ("group", "experts", None, "embed")
-        self.gate_SEDF = make_param(rngs, init, into, (groups, experts, width, hidden), dtype)
+        into, out = (stack, "experts", "embed", None), (stack, "experts", None, "embed")
+        self.is_gated = config.expert_activation == "swiglu"
+        if self.is_gated:
+            self.gate_SEDF = make_param(rngs, init, into, (groups, experts, width, hidden), dtype)
         self.up_SEDF = make_param(rngs, init, into, (groups, experts, width, hidden), dtype)
         self.down_SEFD = make_param(rngs, init, out, (groups, experts, hidden, width), dtype)
 
     def __call__(
         self,
-        h_ND: jax.Array,
+        x: jax.Array,
         indices_SNk: jax.Array,
         weights_SNk: jax.Array,
         valid_SNk: jax.Array,
@@ -39,18 +44,30 @@ class Experts(nnx.Module):
         """Weighted sum [S, N, D] of each token's chosen experts, per group; zero where nothing was chosen.
 
         Args:
-          h_ND: normed residual, shared by the groups.
+          x: tokens that the groups share [N, D], or each group's own [S, N, D].
           indices_SNk, weights_SNk, valid_SNk: choices inside each group.
           max_rows: a bound on the number of valid choices, where the caller knows one below S * N * k.
         """
-        num_experts = self.gate_SEDF[...].shape[1]
-        plan = plan_rows(indices_SNk, valid_SNk, num_experts, max_rows)
-        gate, up, down = (_stack(w_SE) for w_SE in (self.gate_SEDF, self.up_SEDF, self.down_SEFD))
-        hidden_RF = grouped_swiglu(h_ND, gate, up, plan.group_sizes, rows=plan.gathered())
-        y_RD = grouped_matmul(hidden_RF, down, plan.group_sizes)
+        plan = plan_rows(indices_SNk, valid_SNk, self.num_experts, max_rows)
+        rows = plan.gathered() if x.ndim == 2 else plan.gathered_by_group()
+        hidden_RF = self._hidden(x.reshape(-1, x.shape[-1]), rows, plan.group_sizes)
+        y_RD = grouped_matmul(hidden_RF, _stack(self.down_SEFD), plan.group_sizes)
         row_Ck, weights_Ck = (x_SNk.reshape(-1, x_SNk.shape[-1]) for x_SNk in (plan.row_SNk, weights_SNk))
         out_CD = combine(y_RD, row_Ck, weights_Ck, plan.choice_R)
         return out_CD.reshape(*weights_SNk.shape[:2], -1)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of each group that are on this device."""
+        return self.up_SEDF[...].shape[1]
+
+    def _hidden(self, x_XD: jax.Array, rows: GatheredRows, group_sizes: jax.Array) -> jax.Array:
+        up = _stack(self.up_SEDF)
+        if self.is_gated:
+            return grouped_swiglu(x_XD, _stack(self.gate_SEDF), up, group_sizes, rows=rows)
+        up_RF = grouped_matmul(spread_rows(x_XD, rows.token_R, rows.row_AN), up, group_sizes)
+        wide_RF = checkpoint_name(up_RF, PREACTIVATIONS).astype(high_precision(up_RF.dtype))
+        return jax.nn.gelu(wide_RF, approximate=False).astype(up_RF.dtype)
 
 
 def _stack(w_SE: nnx.Param) -> jax.Array:

@@ -1,7 +1,7 @@
 """Routing: scores, the choice of experts, and what balances their load.
 
-One interface serves every architecture: the stack axis S holds FoE groups (or, for the plain MoE, one group of all
-experts), and `route` chooses inside each of them.
+One interface serves every architecture: the stack axis S holds FoE groups (for the plain MoE, one group of all
+experts; for Multi-Head LatentMoE, heads), and `route` chooses inside each of them.
 
 Shape letters: N tokens, D width, H groups of the model, S groups on this device, E experts of a group, A all experts
 (A = H * E), k experts chosen per token in each group, C tokens of every group after each other.
@@ -76,12 +76,15 @@ def route(
     select_fn: SelectFn | None = None,
     active_tokens: jax.Array | None = None,
 ) -> Routing:
-    """Choose k experts per token in every group; the chosen scores are the weights, not renormalised.
+    """Choose k experts per token in every group.
+
+    With `softmax` and `sigmoid` the chosen scores are the weights, not renormalised. With `topk_softmax` experts are
+    chosen by their logits, and the weights are the softmax over the chosen ones (arXiv 2602.04870).
 
     Args:
       logits_SNE: router logits, at least float32.
       k: experts per token and group.
-      score: `softmax` or `sigmoid`.
+      score: `softmax`, `sigmoid` or `topk_softmax`.
       log_normalizer: log of the softmax denominator, broadcastable to [S, N, 1], of the biased logits; None takes it
         over the group's own experts.
       logit_bias: [S, 1 or N, E], added to the logits: steers the choice and enters the weights.
@@ -96,6 +99,8 @@ def route(
         logits_SNE = logits_SNE + logit_bias
     if score == "sigmoid":
         scores_SNE = jax.nn.sigmoid(logits_SNE)
+    elif score == "topk_softmax":
+        scores_SNE = logits_SNE
     else:
         if log_normalizer is None:
             log_normalizer = jax.nn.logsumexp(logits_SNE, axis=-1, keepdims=True)
@@ -105,7 +110,10 @@ def route(
     chosen, weights_Ck, unrestricted_C = _choose(scores_SNE, k, selection_bias, select_fn, active_tokens)
     shape = (*logits_SNE.shape[:2], k)
     valid_SNk = chosen.valid_Nk.reshape(shape) & active_tokens[None, :, None]
-    weights_SNk = jnp.where(valid_SNk, weights_Ck.reshape(shape), 0.0)
+    weights_SNk = weights_Ck.reshape(shape)
+    if score == "topk_softmax":
+        weights_SNk = jax.nn.softmax(weights_SNk, axis=-1, where=valid_SNk)
+    weights_SNk = jnp.where(valid_SNk, weights_SNk, 0.0)
     unrestricted_SN = None
     if unrestricted_C is not None:
         unrestricted_SN = jnp.where(active_tokens[None], unrestricted_C.reshape(shape[:2]), 0.0)
@@ -140,22 +148,12 @@ class Router(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         groups, experts = config.num_groups, config.num_experts
-        self.k = config.experts_per_token // groups
+        self.k = config.experts_per_stack
         self.score, self.scope = config.router_score, config.router_scope
         init, dtype = nnx.initializers.normal(config.init_std), config.dtype
-        self.w_DHE = make_param(
-            rngs,
-            init,
-            ("embed", None, None),
-            (config.hidden_size, groups, experts // groups),
-            dtype,
-            high_precision_use=True,
-        )
-        self.selection_bias_SE = SelectionBias(
-            jnp.zeros((groups, experts // groups), high_precision(dtype)),
-            logical_axes=("group", None),
-            use_dtype=high_precision(dtype),
-        )
+        shape = (config.hidden_size, groups, experts // groups)
+        self.w_DHE = make_param(rngs, init, ("embed", None, None), shape, dtype, high_precision_use=True)
+        self.selection_bias_SE = make_selection_bias(config)
 
     def __call__(
         self,
@@ -190,12 +188,26 @@ class Router(nnx.Module):
         else:
             share = 1.0 if global_scope else 1.0 / logits_HNE.shape[0]
             probability_SNE = jnp.exp(own_SNE - own_normalizer) * share
-        active = active_tokens.astype(own_SNE.dtype)
-        return routing, RouterStats(
-            tokens_SE=_tokens_per_expert(routing, own_SNE.shape[-1], own_SNE.dtype),
-            probability_SE=jnp.einsum("sne,n->se", probability_SNE, active, precision="highest"),
-            z=jnp.sum(jnp.mean(jnp.square(log_normalizer[..., 0]), axis=0) * active),
-        )
+        return routing, router_stats(routing, probability_SNE, log_normalizer, active_tokens)
+
+
+def make_selection_bias(config: ModelConfig) -> SelectionBias:
+    """Zeros [S, E], one for every expert."""
+    dtype = high_precision(config.dtype)
+    zeros_SE = jnp.zeros((config.num_stacks, config.num_experts // config.num_stacks), dtype)
+    return SelectionBias(zeros_SE, logical_axes=(config.stack_axis, None), use_dtype=dtype)
+
+
+def router_stats(
+    routing: Routing, probability_SNE: jax.Array, log_normalizer_XN1: jax.Array, active_tokens: jax.Array
+) -> RouterStats:
+    """The sums, of every token's normalised scores and of the log-normaliser of its logits, over X groups or scopes."""
+    active = active_tokens.astype(probability_SNE.dtype)
+    return RouterStats(
+        tokens_SE=_tokens_per_expert(routing, probability_SNE.shape[-1], probability_SNE.dtype),
+        probability_SE=jnp.einsum("sne,n->se", probability_SNE, active, precision="highest"),
+        z=jnp.sum(jnp.mean(jnp.square(log_normalizer_XN1[..., 0]), axis=0) * active),
+    )
 
 
 def _tokens_per_expert(routing: Routing, num_experts: int, dtype: jnp.dtype) -> jax.Array:

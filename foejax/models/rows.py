@@ -37,6 +37,11 @@ class RowPlan:
         num_tokens = self.row_SNk.shape[1]
         return GatheredRows(self.token_R, self.row_SNk.transpose(0, 2, 1).reshape(-1, num_tokens))
 
+    def gathered_by_group(self) -> GatheredRows:
+        """The rows as copies of tokens [S * N, D], of which every group has its own."""
+        choices = self.row_SNk.shape[-1]
+        return GatheredRows(self.choice_R // choices, self.row_SNk.reshape(-1, choices).T)
+
 
 def largest_counted() -> int:
     """Choices up to which comparing all pairs beats sorting: on a GPU that is a few small kernels, a sort is many."""

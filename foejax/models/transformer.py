@@ -90,7 +90,7 @@ class Transformer(nnx.Module):
         embedding_VD = self._param("embedding_VD", layout)
         embedded_ND = jnp.take(embedding_VD, tokens_N, axis=0) * config.embedding_scale
         residual_ND = layout.own_tokens_local(embedded_ND.astype(config.dtype))
-        active_tokens = layout.own_tokens_local(active_tokens)
+        active_tokens = layout.routed_tokens_local(layout.own_tokens_local(active_tokens))
         graphdef = nnx.graphdef(self._first_block)
         streams = Streams(residual_ND, jnp.zeros_like(residual_ND, shape=(self.local_heads[0], *residual_ND.shape)))
         streams = jax.tree.map(layout.vary_local, streams)
