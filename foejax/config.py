@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    from sharding import LayoutKind
 
 
 class ConfigError(ValueError):
@@ -147,6 +150,19 @@ class ModelConfig(Section):
         return self.num_ffn_heads or self.num_groups
 
     @property
+    def streams_scores(self) -> bool:
+        """Whether routers keep the scores of the chosen experts alone, from which no auxiliary loss can be made."""
+        return self.num_ffn_heads > 0 and self.router_score == "topk_softmax"
+
+    def check_router_loss(self, name: str, coef: float) -> None:
+        """ValueError for an auxiliary loss that this model's routers have no scores for."""
+        if coef and self.streams_scores:
+            raise ValueError(
+                f"{name}={coef} needs the scores of all experts, of which router_score=topk_softmax keeps the chosen "
+                "ones alone: set it to 0 and balance by router_bias_rate, or set router_score=softmax"
+            )
+
+    @property
     def stack_axis(self) -> str:
         """Logical name of the dimension that runs over the stacks."""
         return "ffn_heads" if self.num_ffn_heads else "group"
@@ -178,6 +194,12 @@ class MeshConfig(Section):
     """size of the `group` axis: FoE groups; heads and experts of the tp and tp_ep layouts; heads of the hp layout"""
     expert: NonNegative = 0
     """size of the `expert` axis: experts and tokens of the ep layout, of each group of foe, of each head of hp"""
+
+    def kind_for(self, model: ModelConfig) -> LayoutKind:
+        """The layout, where it is `auto` the one that fits the model."""
+        if self.layout != "auto":
+            return self.layout
+        return "hp" if model.num_ffn_heads else "foe" if model.num_groups > 1 else "fsdp"
 
 
 class DataConfig(Section):
@@ -298,6 +320,18 @@ class RunConfig(Section):
                 f"mesh.layout={self.mesh.layout} does not fit model.num_groups={self.model.num_groups}: "
                 "use mesh.layout=foe (or auto), or model.num_groups=1"
             )
+        if self.mesh.layout not in ("auto", "fsdp", "hp") and self.model.num_ffn_heads:
+            raise ValueError(
+                f"mesh.layout={self.mesh.layout} does not fit model.num_ffn_heads={self.model.num_ffn_heads}: "
+                "use mesh.layout=hp (or auto), or fsdp"
+            )
+        if self.mesh.layout == "hp" and not self.model.num_ffn_heads:
+            raise ValueError(
+                "mesh.layout=hp spreads heads of experts, and model.num_ffn_heads=0: set model.num_ffn_heads, "
+                "or another layout"
+            )
+        for name in ("load_balance_coef", "z_loss_coef"):
+            self.model.check_router_loss(f"training.{name}", getattr(self.training, name))
         return self
 
 

@@ -190,7 +190,7 @@ class Layout:
     @property
     def logits_spec(self) -> PartitionSpec:
         """Partition of logits [B, V] of which every device computes its part of the vocabulary."""
-        return self.batch_spec(None if self.exchanges_heads else GROUP)
+        return self.batch_spec(self.copies_axis)
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """`spec` on this mesh."""
@@ -296,12 +296,17 @@ class Layout:
     @property
     def slice_axes(self) -> tuple[str, ...]:
         """Mesh axes over which `token_slice_local` cuts a device's tokens."""
-        return () if self.exchanges_heads else (GROUP,)
+        return (self.copies_axis,) if self.copies_axis else ()
+
+    @property
+    def copies_axis(self) -> str | None:
+        """Mesh axis along which devices hold the same tokens; None where every device has its own."""
+        return None if self.exchanges_heads else GROUP
 
     @property
     def num_token_slices(self) -> int:
         """Into how many slices `token_slice_local` cuts a device's tokens: the devices that hold the same ones."""
-        return 1 if self.exchanges_heads else self.mesh.shape[GROUP]
+        return self.mesh.shape[self.copies_axis] if self.copies_axis else 1
 
     def exchange_heads_local(self, x_P: jax.Array) -> jax.Array:
         """All-to-all of equal parts along the `group` axis: block p goes to device p."""
@@ -366,7 +371,7 @@ class Layout:
 
     def agree_local(self, x: jax.Array) -> jax.Array:
         """A value that devices with the same tokens hold alike, marked as such so that it can leave the program."""
-        return x if self.exchanges_heads else lax.pmax(x, GROUP)
+        return lax.pmax(x, self.copies_axis) if self.copies_axis else x
 
     def max_over_all_local(self, x: jax.Array) -> jax.Array:
         """Largest value on any device, the same on all."""

@@ -63,7 +63,7 @@ def make_step(config: RunConfig, accumulation: int):
     state = create_train_state(params, router_state, optimizer, jax.random.key(1), layout.mesh)
     step = make_train_step(
         model_loss(graphdef), optimizer, schedule, state, layout.mesh, accumulation=accumulation,
-        router_bias_rate=config.training.router_bias_rate, num_groups=config.model.num_groups,
+        router_bias_rate=config.training.router_bias_rate, num_stacks=config.model.num_stacks,
     )  # fmt: skip
     sharding = layout.sharding(layout.batch_spec())
     return step, state, lambda rows: place_batch(rows, sharding, accumulation)

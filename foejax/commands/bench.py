@@ -185,7 +185,11 @@ def _load_by_layout(source: str, devices: int) -> list[tuple[str, LanguageModel 
 
     is_folder = Path(source).is_dir()
     config = read_folder_config(Path(source)) if is_folder else load_config(source)
-    kinds = ["foe"] if config.model.num_groups > 1 else ["ep", "tp_ep", "tp", "fsdp"] if devices > 1 else ["fsdp"]
+    kinds = ["ep", "tp_ep", "tp", "fsdp"] if devices > 1 else ["fsdp"]
+    if config.model.num_groups > 1:
+        kinds = ["foe"]
+    elif config.model.num_ffn_heads:
+        kinds = ["hp", "fsdp"] if devices > 1 else ["hp"]
     found: list[tuple[str, LanguageModel | str]] = []
     for kind in kinds:
         mesh = {"mesh.layout": kind, "mesh.devices": devices, "mesh.data": 0, "mesh.group": 0, "mesh.expert": 0}

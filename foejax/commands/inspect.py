@@ -93,8 +93,9 @@ def _format_account(found: Account, config: RunConfig) -> str:
 
     model, flops, memory = config.model, found.flops, found.memory
     kinds = ("parameters", "optimizer", "gradients", "activations")
+    stacks = f"{model.num_ffn_heads} heads of experts" if model.num_ffn_heads else f"{model.num_groups} group(s)"
     lines = [
-        ("model", f"{model.num_groups} group(s), {model.num_layers} layers, width {model.hidden_size}, "
+        ("model", f"{stacks}, {model.num_layers} layers, width {model.hidden_size}, "
          f"{model.experts_per_token} of {model.num_experts} experts per token"),
         ("mesh", " x ".join(f"{axis}={size}" for axis, size in found.mesh.items())),
         ("parameters", f"{found.parameters:,} ({found.parameters / 1e9:.3f} B)"),

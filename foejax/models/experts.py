@@ -66,8 +66,13 @@ class Experts(nnx.Module):
         if self.is_gated:
             return grouped_swiglu(x_XD, _stack(self.gate_SEDF), up, group_sizes, rows=rows)
         up_RF = grouped_matmul(spread_rows(x_XD, rows.token_R, rows.row_AN), up, group_sizes)
-        wide_RF = checkpoint_name(up_RF, PREACTIVATIONS).astype(high_precision(up_RF.dtype))
-        return jax.nn.gelu(wide_RF, approximate=False).astype(up_RF.dtype)
+        return _gelu(checkpoint_name(up_RF, PREACTIVATIONS))
+
+
+@jax.checkpoint
+def _gelu(up_RF: jax.Array) -> jax.Array:
+    """Exact GELU in high precision; of it the backward pass keeps its argument alone."""
+    return jax.nn.gelu(up_RF.astype(high_precision(up_RF.dtype)), approximate=False).astype(up_RF.dtype)
 
 
 def _stack(w_SE: nnx.Param) -> jax.Array:

@@ -125,7 +125,12 @@ class LanguageModel(nnx.Module):
         Returns:
           The scalar loss and metrics: cross_entropy (mean by loss weight; 0 for a batch of padding),
           load_balance_loss, z_loss, tokens_per_expert [L, A] and num_tokens (active tokens).
+
+        Raises:
+          ValueError: a router loss for routers that keep the scores of the chosen experts alone.
         """
+        self.config.check_router_loss("load_balance_coef", load_balance_coef)
+        self.config.check_router_loss("z_loss_coef", z_loss_coef)
         spec, everywhere = self.layout.batch_spec(None), PartitionSpec()
         aux = load_balance_coef > 0 or z_loss_coef > 0
         metric_specs = {

@@ -75,10 +75,8 @@ class HeadRouter(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         heads = config.num_ffn_heads
         self.k, self.score = config.experts_per_stack, config.router_score
-        init, shape = (
-            nnx.initializers.normal(config.init_std),
-            (heads, config.expert_width, config.num_experts // heads),
-        )
+        init = nnx.initializers.normal(config.init_std)
+        shape = (heads, config.expert_width, config.num_experts // heads)
         self.w_SKE = make_param(rngs, init, ("ffn_heads", "embed", None), shape, config.dtype, high_precision_use=True)
         self.selection_bias_SE = make_selection_bias(config)
 

@@ -24,7 +24,6 @@ from foejax.serving.paged_cache import PagedCache, Section
 from foejax.serving.sampling_params import LARGEST_TOP_LOGPROBS
 from foejax.serving.token_logprobs import logprobs_of
 from sharding import Layout
-from sharding.mesh import GROUP
 
 
 @struct.dataclass
@@ -271,7 +270,7 @@ def load_local(
 
 def state_specs(layout: Layout) -> DeviceState:
     """Partitions of the state: blocks and slots over the token shards, heads over the groups."""
-    cache, history = layout.batch_spec(*layout.head_axes), PartitionSpec(GROUP, layout.token_axes)
+    cache, history = layout.batch_spec(*layout.head_axes), PartitionSpec(layout.copies_axis, layout.token_axes)
     return DeviceState(cache, cache, history)  # type: ignore[arg-type]
 
 

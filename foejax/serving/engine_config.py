@@ -12,7 +12,6 @@ from foejax.config import ConfigError, ModelConfig
 from foejax.serving.expert_budget import ExpertBudget
 from foejax.serving.scheduler import SchedulerLimits
 from sharding import Layout
-from sharding.mesh import GROUP
 
 _CACHE_BYTES_WITHOUT_GPU = 2 << 30
 _SHARE_OF_FREE_GPU_MEMORY = 0.8
@@ -84,7 +83,7 @@ class EngineConfig:
           ConfigError: fewer experts than a token chooses, or a number that does not divide over the parts.
         """
         budget, shards = self.expert_budget, layout.num_expert_shards
-        parts = model.num_groups * shards
+        parts = model.num_stacks * shards
         if not budget or budget >= model.num_experts:
             return None
         if budget < model.experts_per_token:
@@ -93,13 +92,14 @@ class EngineConfig:
                 f"choose at least {model.experts_per_token}"
             )
         if budget % parts:
-            groups, devices = f"num_groups={model.num_groups}", f"the {shards} devices that share the experts"
-            over = " x ".join([groups] * (model.num_groups > 1) + [devices] * (shards > 1))
+            field = "num_ffn_heads" if model.num_ffn_heads else "num_groups"
+            stacks, devices = f"{field}={model.num_stacks}", f"the {shards} devices that share the experts"
+            over = " x ".join([stacks] * (model.num_stacks > 1) + [devices] * (shards > 1))
             raise ConfigError(
                 f"expert_budget={budget} is not divisible by {over}: choose a multiple of {parts}, "
                 f"up to num_experts={model.num_experts}"
             )
-        if self.expert_warm_up >= model.experts_per_token // model.num_groups:
+        if self.expert_warm_up >= model.experts_per_stack:
             return None
         return ExpertBudget(budget // parts, self.expert_warm_up, shards)
 
@@ -134,7 +134,7 @@ class EngineConfig:
         if self.cache_tokens:
             return self.cache_tokens // layout.num_token_shards // self.block_size
         wanted = sequences * -(-context // self.block_size)
-        heads = model.num_kv_heads // layout.mesh.shape[GROUP]
+        heads = model.num_kv_heads // layout.num_token_slices
         token_bytes = 2 * model.num_layers * heads * model.head_dim * jnp.dtype(model.dtype).itemsize
         return min(wanted, _memory_for_cache(layout) // (token_bytes * self.block_size))
 

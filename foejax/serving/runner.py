@@ -39,7 +39,6 @@ from foejax.serving.scheduler import SchedulerLimits, StepTokens
 from foejax.serving.step_plan import SlotLoad, StepPlan
 from foejax.serving.token_logprobs import TokenLogprobs
 from sharding import to_host
-from sharding.mesh import GROUP
 
 LOADS = 8
 """Sequences that enter slots in one launch."""
@@ -152,7 +151,7 @@ class ModelRunner:
         shards, slots = limits.num_shards, limits.num_shards * limits.max_sequences
         heads = config.num_groups, config.num_kv_heads // config.num_groups
         blocks = shards * config.num_layers * limits.num_blocks, *heads, limits.block_size, config.head_dim
-        copies = self.layout.mesh.shape[GROUP]
+        copies = self.layout.num_token_slices
 
         def make() -> tuple[DeviceState, SlotSettings]:
             keys = jnp.zeros(blocks, config.dtype)
@@ -225,11 +224,12 @@ class ModelRunner:
     def _output_specs(self) -> tuple[PartitionSpec, PartitionSpec]:
         """Partitions of the fields of an `_Output`: [Z, steps, shards * rows, ...] and [shards, steps, layers, H, ...].
 
-        The devices of the `group` axis sample alike; where results are gathered, one copy is enough.
+        Devices with the same tokens sample alike; where results are gathered, one copy is enough.
         """
-        copies = GROUP if jax.process_count() == 1 else None
-        token_axes = self.layout.token_axes
-        return PartitionSpec(copies, None, token_axes), PartitionSpec(token_axes, *self.layout.group_spec(2))
+        layout = self.layout
+        copies = layout.copies_axis if jax.process_count() == 1 else None
+        experts = PartitionSpec(layout.routed_token_axes, *layout.group_spec(2))
+        return PartitionSpec(copies, None, layout.token_axes), experts
 
     def _reported(self, output: StepOutput) -> _Output:
         """What leaves the program of one device."""

@@ -24,7 +24,6 @@ from foejax.models.transformer import Transformer, logits_of
 from foejax.serving.sampling_params import LARGEST_TOP_LOGPROBS
 from foejax.serving.token_logprobs import TokenLogprobs, logprobs_of
 from sharding import Layout, to_host
-from sharding.mesh import GROUP
 
 _ROWS_AT_A_TIME = 64
 """Logits of a whole prompt would be larger than the model."""
@@ -43,8 +42,8 @@ class PromptScorer:
     def compile(self) -> None:
         """Compile the one program."""
         layout, graphdef = self._layout, self._graphdef
-        # The devices of the `group` axis score alike; where results are gathered, one copy is enough.
-        scores = PartitionSpec(GROUP if jax.process_count() == 1 else None, layout.token_axes)
+        # Devices with the same tokens score alike; where results are gathered, one copy is enough.
+        scores = PartitionSpec(layout.copies_axis if jax.process_count() == 1 else None, layout.token_axes)
 
         def program(transformer: Transformer, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             tokens_PT, lengths_P = jax.tree.map(layout.vary_local, inputs)

@@ -90,23 +90,25 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
 
 
 def update_selection_bias(
-    bias_LE: jax.Array, tokens_per_expert_LE: jax.Array, rate: float, num_groups: int
+    bias_LE: jax.Array, tokens_per_expert_LE: jax.Array, rate: float, num_stacks: int
 ) -> jax.Array:
     """Loss-free load balancing: raise the selection bias of experts below the mean load, lower it above.
 
-    `bias += rate * sign(mean load - load)` (Wang et al., arXiv 2408.15664, used by DeepSeek-V3).
-    Every group chooses among its own block of E / H experts, so the mean is taken within each block.
+    `bias += rate * (u - mean u)` with `u = sign(mean load - load)` (Wang et al., arXiv 2408.15664, used by DeepSeek-V3;
+    the mean, which no choice sees, is taken off as in arXiv 2602.04870, so that biases do not drift).
+    Every group or head chooses among its own block of E / S experts, so means are taken within each block.
 
     Args:
       bias_LE: selection bias, [L, E].
       tokens_per_expert_LE: tokens each expert received in the last step, [L, E].
       rate: size of one update.
-      num_groups: H; divides E.
+      num_stacks: S; divides E.
     """
     num_layers, num_experts = bias_LE.shape
-    loads_LHE = tokens_per_expert_LE.astype(bias_LE.dtype).reshape(num_layers, num_groups, num_experts // num_groups)
-    below_LHE = jnp.sign(loads_LHE.mean(axis=-1, keepdims=True) - loads_LHE)
-    return bias_LE + jnp.asarray(rate, bias_LE.dtype) * below_LHE.reshape(num_layers, num_experts)
+    loads_LSE = tokens_per_expert_LE.astype(bias_LE.dtype).reshape(num_layers, num_stacks, num_experts // num_stacks)
+    below_LSE = jnp.sign(loads_LSE.mean(axis=-1, keepdims=True) - loads_LSE)
+    below_LSE = below_LSE - below_LSE.mean(axis=-1, keepdims=True)
+    return bias_LE + jnp.asarray(rate, bias_LE.dtype) * below_LSE.reshape(num_layers, num_experts)
 
 
 @contextmanager

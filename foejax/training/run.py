@@ -90,7 +90,7 @@ def train_step_of(
         layout.mesh,
         accumulation=training.gradient_accumulation,
         router_bias_rate=training.router_bias_rate,
-        num_groups=config.model.num_groups,
+        num_stacks=config.model.num_stacks,
     )
 
 
@@ -161,13 +161,13 @@ def make_layout(model: ModelConfig, mesh: MeshConfig) -> Layout:
       ConfigError: the mesh does not fit the devices, the hosts or the model.
       StartError: a process does not come.
     """
-    kind = ("foe" if model.num_groups > 1 else "fsdp") if mesh.layout == "auto" else mesh.layout
     try:
         layout = Layout.create(
-            kind,
+            mesh.kind_for(model),
             num_groups=model.num_groups,
             num_experts=model.num_experts,
             num_kv_heads=model.num_kv_heads,
+            num_ffn_heads=model.num_ffn_heads or 1,
             num_devices=mesh.devices,
             data=mesh.data,
             group=mesh.group,

@@ -104,7 +104,7 @@ def make_train_step(
     *,
     accumulation: int = 1,
     router_bias_rate: float = 0.0,
-    num_groups: int = 1,
+    num_stacks: int = 1,
 ) -> TrainStep:
     """Compile-once training step `(state, batch) -> (state, metrics)`; the state is donated and keeps its shardings.
 
@@ -119,7 +119,7 @@ def make_train_step(
         gradient and cross-entropy equal those of the whole batch. (The load-balance loss is not linear in the batch:
         it is the weighted mean over micro-batches.)
       router_bias_rate: step of the loss-free selection-bias update; 0 leaves the bias alone.
-      num_groups: H, for the selection-bias update.
+      num_stacks: groups or heads with a router each, for the selection-bias update.
 
     Returns:
       A jitted function. Its metrics are scalars: loss (cross-entropy in nats per token), load_balance_loss, z_loss,
@@ -137,7 +137,7 @@ def make_train_step(
         if router_bias_rate > 0:
             router_state = jax.tree.map(
                 lambda bias: update_selection_bias(
-                    bias.reshape(tokens_per_expert_LE.shape), tokens_per_expert_LE, router_bias_rate, num_groups
+                    bias.reshape(tokens_per_expert_LE.shape), tokens_per_expert_LE, router_bias_rate, num_stacks
                 ).reshape(bias.shape),
                 router_state,
             )

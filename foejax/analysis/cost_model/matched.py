@@ -64,7 +64,7 @@ def own_candidate(config: RunConfig, cluster: Cluster, imbalance: float) -> Cand
       ValueError: the mesh does not fit the cluster or the model.
     """
     model, mesh = config.model, config.mesh
-    kind: LayoutKind = ("foe" if model.num_groups > 1 else "fsdp") if mesh.layout == "auto" else mesh.layout
+    kind = mesh.kind_for(model)
     sizes = _plan(kind, model, cluster, data=mesh.data, group=mesh.group, expert=mesh.expert)
     return _candidate(kind, model, sizes, imbalance)
 
@@ -129,6 +129,7 @@ def _plan(kind: LayoutKind, model: ModelConfig, cluster: Cluster, **axes: int) -
         num_groups=model.num_groups,
         num_experts=model.num_experts,
         num_kv_heads=model.num_kv_heads,
+        num_ffn_heads=model.num_ffn_heads or 1,
         **axes,
     )
     cluster.check_mesh(kind, sizes)
