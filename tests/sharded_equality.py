@@ -24,9 +24,10 @@ def loss_gradient_logits(model: LanguageModel, remat: str = "none") -> tuple[Any
     """(loss, metrics, gradient, logits) and the routing trace, from two programs without races."""
     graphdef, params, rest = nnx.split(model, nnx.Param, nnx.Variable)
     batch = packed_batch()
+    router_losses = {} if model.config.streams_scores else {"load_balance_coef": 0.01, "z_loss_coef": 0.001}
 
     def loss(params: nnx.State, rest: nnx.State) -> Any:
-        return nnx.merge(graphdef, params, rest).loss(batch, load_balance_coef=0.01, z_loss_coef=0.001, remat=remat)
+        return nnx.merge(graphdef, params, rest).loss(batch, remat=remat, **router_losses)
 
     def logits(params: nnx.State, rest: nnx.State) -> Any:
         return nnx.merge(graphdef, params, rest).logits(batch, record_routing=True)

@@ -6,38 +6,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import plain_batch, relative_error, tiny_config, tiny_model
+from tiny import config_for, layout_for, plain_batch, relative_error, tiny_config, tiny_model
 
 from foejax.decoding import Sampling, decode_step, prefill
 from foejax.decoding.sampling import RowSampling, sample
-from sharding import Layout
+from sharding import LayoutKind
 
 LENGTHS = np.array([3, 4, 5, 6, 7, 8, 2, 1], np.int32)
 TOKENS = np.random.default_rng(0).integers(0, 64, (8, 12)).astype(np.int32)
-LAYOUTS = {
-    "foe on one device": (8, lambda: Layout.single_device("foe")),
-    "foe on eight": (8, lambda: Layout.create("foe", num_groups=8, num_devices=8)),
-    "foe, two data shards": (8, lambda: Layout.create("foe", num_groups=8, data=2, group=4)),
-    "foe, two devices a group": (
-        8,
-        lambda: Layout.create("foe", num_groups=8, num_experts=32, group=4, expert=2, data=1),
-    ),
-    "moe on one device": (1, lambda: Layout.single_device("fsdp")),
-    "moe ep": (1, lambda: Layout.create("ep", num_experts=32, num_devices=8)),
-    "moe tp": (1, lambda: Layout.create("tp", num_experts=32, num_kv_heads=8, data=2, group=4)),
-    "moe tp_ep": (1, lambda: Layout.create("tp_ep", num_experts=32, num_kv_heads=8, data=2, group=4)),
-    "moe fsdp": (1, lambda: Layout.create("fsdp", num_devices=8)),
+LAYOUTS: dict[str, tuple[LayoutKind, dict[str, int]]] = {
+    "foe on one device": ("foe", {"num_devices": 1}),
+    "foe on eight": ("foe", {"num_devices": 8}),
+    "foe, two data shards": ("foe", {"data": 2, "group": 4}),
+    "foe, two devices a group": ("foe", {"group": 4, "expert": 2, "data": 1}),
+    "moe on one device": ("fsdp", {"num_devices": 1}),
+    "moe ep": ("ep", {"num_devices": 8}),
+    "moe tp": ("tp", {"data": 2, "group": 4}),
+    "moe tp_ep": ("tp_ep", {"data": 2, "group": 4}),
+    "moe fsdp": ("fsdp", {"num_devices": 8}),
+    "heads on one device": ("hp", {"num_devices": 1}),
+    "heads, two data shards": ("hp", {"data": 2, "group": 4}),
 }
 
 
-SLOW = {"foe, two data shards", "moe tp", "moe fsdp"}
+SLOW = {"foe, two data shards", "moe tp", "moe fsdp", "heads on one device"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS])
 def test_decoding_gives_the_prefill_logits_and_one_text_everywhere(name: str) -> None:
-    groups, make_layout = LAYOUTS[name]
-    config = tiny_config(num_groups=groups, num_layers=2)
-    model = tiny_model(config).with_layout(make_layout())
+    kind, sizes = LAYOUTS[name]
+    config = config_for(kind, num_layers=2)
+    model = tiny_model(config).with_layout(layout_for(kind, config, **sizes))
     everything = np.asarray(jax.jit(lambda: model.logits(plain_batch(TOKENS)))()).reshape(8, 12, -1)
     cache, logits = prefill(model, jnp.asarray(TOKENS[:, :8]), jnp.asarray(LENGTHS), slots=16)
     rows, positions = np.arange(8), LENGTHS.copy()

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from jax._src import monitoring
-from tiny import tiny_config
+from tiny import config_for, layout_for, tiny_config
 
 from foejax.api import LoadedModel
 from foejax.config import RunConfig, load_config
@@ -26,15 +26,16 @@ from sharding import Layout, LayoutKind
 from sharding.races import find_races
 
 CONTEXT = 40
-BINDINGS: dict[str, tuple[LayoutKind, int, dict[str, int]]] = {
-    "foe on one device": ("foe", 8, {"num_devices": 1}),
-    "foe on 8 devices": ("foe", 8, {"group": 8, "data": 1}),
-    "moe ep on 8 devices": ("ep", 1, {"expert": 8, "data": 1}),
+BINDINGS: dict[str, tuple[LayoutKind, dict[str, int]]] = {
+    "foe on one device": ("foe", {"num_devices": 1}),
+    "foe on 8 devices": ("foe", {"group": 8, "data": 1}),
+    "moe ep on 8 devices": ("ep", {"expert": 8, "data": 1}),
 }
-MORE_BINDINGS: dict[str, tuple[LayoutKind, int, dict[str, int]]] = {
-    "foe, two devices a group": ("foe", 8, {"group": 2, "expert": 2, "data": 1}),
-    "moe tp on 4 devices": ("tp", 1, {"group": 4, "data": 1}),
-    "moe tp_ep on 2 x 4 devices": ("tp_ep", 1, {"group": 4, "data": 2}),
+MORE_BINDINGS: dict[str, tuple[LayoutKind, dict[str, int]]] = {
+    "foe, two devices a group": ("foe", {"group": 2, "expert": 2, "data": 1}),
+    "moe tp on 4 devices": ("tp", {"group": 4, "data": 1}),
+    "moe tp_ep on 2 x 4 devices": ("tp_ep", {"group": 4, "data": 2}),
+    "heads hp on 2 x 4 devices": ("hp", {"group": 4, "data": 2}),
 }
 EVERY_BINDING = [*BINDINGS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_BINDINGS)]
 ENGINES = {
@@ -48,9 +49,9 @@ ENGINES = {
 
 @functools.cache
 def make_model(binding: str) -> LanguageModel:
-    kind, groups, sizes = (BINDINGS | MORE_BINDINGS)[binding]
-    config = tiny_config(num_groups=groups, num_layers=2)
-    layout = Layout.create(kind, num_groups=groups, num_experts=32, num_kv_heads=8, shard_params=False, **sizes)
+    kind, sizes = (BINDINGS | MORE_BINDINGS)[binding]
+    config = config_for(kind, num_layers=2)
+    layout = layout_for(kind, config, shard_params=False, **sizes)
     return LanguageModel.create(config, layout, jax.random.key(0))
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import pytest
 from sharded_equality import TOLERANCE, check_equal
-from tiny import tiny_config
+from tiny import config_for, layout_for, tiny_config
 
-from sharding import Layout
+from sharding import Layout, LayoutKind
 
 IN_EVERY_RUN = {(8, 4, "float64"), (4, 2, "float64"), (2, 4, "float64"), (8, 8, "float32")}
 """Besides each number of groups on eight devices in float64; `make test-slow` runs the rest of the product."""
@@ -33,6 +33,7 @@ def test_foe_sharded_equals_unsharded(groups: int, devices: int, dtype: str) -> 
 
 
 SLOW = pytest.mark.slow
+GROUP_SOFTMAX = {"router_score": "softmax", "router_scope": "group"}
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,8 @@ SLOW = pytest.mark.slow
         ("foe", {"group": 2, "expert": 2, "data": 2}, "full", "float32"),
         ("tp", {"group": 4, "data": 2}, "full", "float32"),
         ("tp_ep", {"group": 4, "data": 2}, "full", "float32"),
+        ("hp", {"group": 8, "data": 1}, "none", "float32"),
+        ("hp", {"group": 4, "data": 2}, "full", "float32"),
         pytest.param("ep", {"expert": 2, "data": 1}, "none", "float32", marks=SLOW),
         pytest.param("ep", {"expert": 4, "data": 1}, "none", "float32", marks=SLOW),
         pytest.param("foe", {"group": 1, "expert": 2, "data": 1}, "none", "float32", marks=SLOW),
@@ -59,15 +62,31 @@ SLOW = pytest.mark.slow
         pytest.param("tp_ep", {"group": 2, "data": 1}, "dots", "float32", marks=SLOW),
         pytest.param("tp_ep", {"group": 4, "data": 1}, "none", "float32", marks=SLOW),
         pytest.param("tp_ep", {"group": 8, "data": 1}, "none", "float64", marks=SLOW),
+        pytest.param("hp", {"group": 1, "data": 1}, "full", "float32", marks=SLOW),
+        pytest.param("hp", {"group": 2, "data": 1}, "none", "float32", marks=SLOW),
+        pytest.param("hp", {"group": 4, "data": 1}, "dots", "float32", marks=SLOW),
+        pytest.param("hp", {"group": 2, "data": 4}, "none", "float64", marks=SLOW),
     ],
 )
-def test_layouts_and_remat_policies(kind: str, sizes: dict[str, int], remat: str, dtype: str) -> None:
+def test_layouts_and_remat_policies(kind: LayoutKind, sizes: dict[str, int], remat: str, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
-        groups = 8 if kind == "foe" else 1
-        config = tiny_config(num_groups=groups, dtype=dtype, num_layers=2)
-        heads, experts = config.num_kv_heads, config.num_experts
-        layout = Layout.create(kind, num_groups=groups, num_experts=experts, num_kv_heads=heads, **sizes)
-        check_equal(config, layout, remat)
+        config = config_for(kind, dtype=dtype, num_layers=2)
+        check_equal(config, layout_for(kind, config, **sizes), remat)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "options"),
+    [
+        ("hp", {"group": 4, "expert": 2}, {"num_ffn_heads": 4, "expert_activation": "swiglu"}),
+        pytest.param("hp", {"group": 4, "data": 2}, GROUP_SOFTMAX | {"experts_per_token": 8}, marks=SLOW),
+        pytest.param("hp", {"group": 4, "data": 2}, {"router_score": "sigmoid"}, marks=SLOW),
+        pytest.param("fsdp", {"data": 8}, {}, marks=SLOW),
+    ],
+)
+def test_heads_with_other_experts_and_routers(kind: LayoutKind, sizes: dict[str, int], options: dict[str, Any]) -> None:
+    """Also with the experts of each head over two devices, and with all heads on each of eight."""
+    config = config_for("hp", num_layers=2, **options)
+    check_equal(config, layout_for(kind, config, **sizes))
 
 
 @pytest.mark.parametrize("options", [{"merge_scale": "sum"}, {"router_score": "sigmoid"}, {"router_scope": "group"}])

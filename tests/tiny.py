@@ -12,7 +12,7 @@ from flax import nnx
 
 from foejax.config import ModelConfig
 from foejax.models import LanguageModel
-from sharding import Layout
+from sharding import Layout, LayoutKind
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -34,6 +34,39 @@ def tiny_config(**changes: Any) -> ModelConfig:
         "dtype": "float32",
     }
     return ModelConfig(**(values | changes))
+
+
+def config_for(kind: LayoutKind, **changes: Any) -> ModelConfig:
+    """`tiny_config` of the architecture that a layout is for: FoE's groups, heads of experts (hp), or one group."""
+    if kind == "hp":
+        changes = HEADS | changes
+    elif kind != "foe":
+        changes = {"num_groups": 1} | changes
+    return tiny_config(**changes)
+
+
+HEADS = {
+    "num_groups": 1,
+    "num_ffn_heads": 8,
+    "ffn_head_dim": 8,
+    "num_experts": 64,
+    "experts_per_token": 16,
+    "expert_activation": "gelu",
+    "router_score": "topk_softmax",
+}
+"""Multi-Head LatentMoE as published, its sub-tokens together wider than a token."""
+
+
+def layout_for(kind: LayoutKind, config: ModelConfig, **sizes: Any) -> Layout:
+    """A layout of the model on the devices there are, or those that the sizes multiply to."""
+    return Layout.create(
+        kind,
+        num_groups=config.num_groups,
+        num_experts=config.num_experts,
+        num_kv_heads=config.num_kv_heads,
+        num_ffn_heads=config.num_ffn_heads or 1,
+        **sizes,
+    )
 
 
 def packed_batch(rows: int = 8, length: int = 16, vocab_size: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
