@@ -7,7 +7,7 @@ PYTEST_OPTIONS := -n 2 --dist loadgroup --durations=15 --timeout=900 --timeout-m
 PACKAGES := foejax sharding pallas_kernels
 # What the oldest supported JAX could break: the model, its bindings, the kernels.
 TESTS_311 := $(wildcard tests/test_config.py tests/test_packaging.py tests/test_model*.py tests/test_layout*.py \
-    tests/test_router.py tests/test_grouped_*.py tests/test_routing_topk.py tests/test_combine.py)
+    tests/test_router.py tests/test_grouped_*.py tests/test_*_topk.py tests/test_combine.py)
 
 .PHONY: help demo test test-slow test-311 test-kernels aot parity lint bench slurm clean
 

@@ -8,6 +8,7 @@ from pallas_kernels.combine.api import combine
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_swiglu.api import grouped_swiglu
 from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.projected_topk.api import projected_topk
 from pallas_kernels.routing_topk.api import routing_topk
 
-__all__ = ["combine", "grouped_matmul", "grouped_swiglu", "paged_attention", "routing_topk"]
+__all__ = ["combine", "grouped_matmul", "grouped_swiglu", "paged_attention", "projected_topk", "routing_topk"]
