@@ -21,7 +21,16 @@ from foejax.config import ModelConfig
 from foejax.models.expert_parallel import EXCHANGED, run_experts
 from foejax.models.experts import Experts
 from foejax.models.layers import make_param
-from foejax.models.router import RouterStats, Routing, SelectFn, make_selection_bias, route, router_stats
+from foejax.models.router import (
+    RouterStats,
+    Routing,
+    SelectFn,
+    make_selection_bias,
+    route,
+    route_projected,
+    router_stats,
+    tokens_per_expert,
+)
 from pallas_kernels.stacked_matmul import stacked_matmul
 from sharding import Layout
 
@@ -74,7 +83,7 @@ class HeadRouter(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         heads = config.num_ffn_heads
-        self.k, self.score = config.experts_per_stack, config.router_score
+        self.k, self.score, self.num_heads = config.experts_per_stack, config.router_score, heads
         init = nnx.initializers.normal(config.init_std)
         shape = (heads, config.expert_width, config.num_experts // heads)
         self.w_SKE = make_param(rngs, init, ("ffn_heads", "embed", None), shape, config.dtype, high_precision_use=True)
@@ -83,8 +92,16 @@ class HeadRouter(nnx.Module):
     def __call__(
         self, u_SMK: jax.Array, *, active_tokens: jax.Array, select_fn: SelectFn | None = None
     ) -> tuple[Routing, RouterStats]:
-        """Route every sub-token among the experts of its head; as `foejax.models.router.Router`."""
-        w_SKE = self.w_SKE[...]
+        """Route every sub-token among the experts of its head; as `foejax.models.router.Router`.
+
+        With `topk_softmax` the scores of all experts are never in memory, unless a `select_fn` asks for them, and the
+        sums for auxiliary losses are zero.
+        """
+        w_SKE, bias_SE = self.w_SKE[...], self.selection_bias_SE[...]
+        if self.score == "topk_softmax" and select_fn is None:
+            routing = route_projected(u_SMK, w_SKE, self.k, selection_bias_SE=bias_SE, active_tokens=active_tokens)
+            tokens_SE = tokens_per_expert(routing, w_SKE.shape[-1], w_SKE.dtype)
+            return routing, RouterStats(tokens_SE, jnp.zeros_like(tokens_SE), jnp.zeros_like(tokens_SE, shape=()))
         logits_SME = jnp.einsum("smk,ske->sme", u_SMK.astype(w_SKE.dtype), w_SKE, precision="highest")
         normalizer_SM1 = jax.nn.logsumexp(logits_SME, axis=-1, keepdims=True)
         routing = route(
@@ -92,11 +109,17 @@ class HeadRouter(nnx.Module):
             self.k,
             score=self.score,
             log_normalizer=normalizer_SM1,
-            selection_bias=self.selection_bias_SE[...][:, None, :],
+            selection_bias=bias_SE[:, None, :],
             select_fn=select_fn,
             active_tokens=active_tokens,
         )
-        return routing, router_stats(routing, jnp.exp(logits_SME - normalizer_SM1), normalizer_SM1, active_tokens)
+        if self.score == "sigmoid":
+            scores_SME = jax.nn.sigmoid(logits_SME)
+            probability_SME = scores_SME / scores_SME.sum(axis=-1, keepdims=True)
+        else:
+            probability_SME = jnp.exp(logits_SME - normalizer_SM1)
+        share = 1.0 / self.num_heads  # over the experts of all heads the probabilities of a token sum to 1
+        return routing, router_stats(routing, probability_SME * share, normalizer_SM1, active_tokens)
 
 
 def _exchange(x_P: jax.Array, layout: Layout) -> jax.Array:

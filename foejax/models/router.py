@@ -17,7 +17,7 @@ from flax import nnx, struct
 
 from foejax.config import ModelConfig
 from foejax.models.layers import high_precision, make_param
-from pallas_kernels import routing_topk
+from pallas_kernels import projected_topk, routing_topk
 from pallas_kernels.routing_topk.api import RoutingTopk
 from sharding import Layout
 
@@ -121,6 +121,23 @@ def route(
     return Routing(chosen.indices_Nk.reshape(shape), weights_SNk, valid_SNk, margin_SN, unrestricted_SN)
 
 
+def route_projected(
+    x_SNK: jax.Array, w_SKE: jax.Array, k: int, *, selection_bias_SE: jax.Array, active_tokens: jax.Array
+) -> Routing:
+    """`route` of the logits x w with `topk_softmax`, of which no array holds them all.
+
+    Args:
+      x_SNK: sub-tokens of every head.
+      w_SKE: weights of each head's router, at least float32.
+      k: experts per token and head.
+      selection_bias_SE, active_tokens: as for `route`.
+    """
+    chosen = projected_topk(x_SNK, w_SKE, k, selection_bias_SE=jax.lax.stop_gradient(selection_bias_SE))
+    valid_SNk = chosen.valid_SNk & active_tokens[None, :, None]
+    weights_SNk = jax.nn.softmax(chosen.values_SNk, axis=-1, where=valid_SNk)
+    return Routing(chosen.indices_SNk, jnp.where(valid_SNk, weights_SNk, 0.0), valid_SNk, chosen.margin_SN)
+
+
 def _choose(
     scores_SNE: jax.Array,
     k: int,
@@ -204,15 +221,19 @@ def router_stats(
     """The sums, of every token's normalised scores and of the log-normaliser of its logits, over X groups or scopes."""
     active = active_tokens.astype(probability_SNE.dtype)
     return RouterStats(
-        tokens_SE=_tokens_per_expert(routing, probability_SNE.shape[-1], probability_SNE.dtype),
+        tokens_SE=tokens_per_expert(routing, probability_SNE.shape[-1], probability_SNE.dtype),
         probability_SE=jnp.einsum("sne,n->se", probability_SNE, active, precision="highest"),
         z=jnp.sum(jnp.mean(jnp.square(log_normalizer_XN1[..., 0]), axis=0) * active),
     )
 
 
-def _tokens_per_expert(routing: Routing, num_experts: int, dtype: jnp.dtype) -> jax.Array:
-    chosen_SNkE = jax.nn.one_hot(routing.indices_SNk, num_experts, dtype=dtype)
-    return jnp.where(routing.valid_SNk[..., None], chosen_SNkE, 0.0).sum(axis=(1, 2))
+def tokens_per_expert(routing: Routing, num_experts: int, dtype: jnp.dtype) -> jax.Array:
+    """Choices [S, E] of every expert; counted one by one, since an array over choices and experts would be large."""
+    groups = routing.indices_SNk.shape[0]
+    group_S1 = jnp.arange(groups, dtype=jnp.int32)[:, None]
+    expert_SX = jnp.where(routing.valid_SNk, routing.indices_SNk, num_experts).reshape(groups, -1)
+    counts_SE = jnp.zeros_like(expert_SX, shape=(groups, num_experts))
+    return counts_SE.at[group_S1, expert_SX].add(1, mode="drop").astype(dtype)
 
 
 def load_balance_loss(
