@@ -39,6 +39,9 @@ def test_unknown_key_names_the_known_one(values: dict[str, Any], parts: list[str
         assert part in message
 
 
+HEADS = {"num_ffn_heads": 8, "num_experts": 64, "experts_per_token": 16, "router_score": "topk_softmax"}
+
+
 @pytest.mark.parametrize(
     ("model", "parts"),
     [
@@ -52,6 +55,14 @@ def test_unknown_key_names_the_known_one(values: dict[str, Any], parts: list[str
         ({"hidden_size": 0}, ["model.hidden_size=0"]),
         ({"rope_base": float("inf")}, ["model.rope_base=inf"]),
         ({"merge_scale": "median"}, ["model.merge_scale='median'", "mean"]),
+        (HEADS | {"hidden_size": 100}, ["hidden_size=100", "num_ffn_heads=8"]),
+        (HEADS | {"num_experts": 60}, ["num_experts=60", "num_ffn_heads=8"]),
+        (HEADS | {"experts_per_token": 12}, ["experts_per_token=12", "num_ffn_heads=8"]),
+        (HEADS | {"num_experts": 8, "experts_per_token": 16}, ["experts_per_token=16", "num_experts=8"]),
+        (HEADS | {"experts_per_token": 8}, ["experts_per_token=8", "router_score=topk_softmax", "twice as many"]),
+        (HEADS | {"num_groups": 8}, ["num_ffn_heads=8", "num_groups=8"]),
+        (HEADS | {"router_score": "softmax"}, ["router_scope=global", "num_ffn_heads=8", "router_scope=group"]),
+        ({"ffn_head_dim": 96}, ["ffn_head_dim=96", "num_ffn_heads"]),
     ],
 )
 def test_impossible_models_are_refused(model: dict[str, Any], parts: list[str]) -> None:
@@ -68,6 +79,9 @@ def test_impossible_models_are_refused(model: dict[str, Any], parts: list[str]) 
         ({"training": {"gradient_accumulation": 3}}, ["data.batch_size=128", "training.gradient_accumulation=3"]),
         ({"mesh": {"layout": "ep"}, "model": {"num_groups": 2}}, ["mesh.layout=ep", "model.num_groups=2"]),
         ({"mesh": {"layout": "tp_ep"}, "model": {"num_groups": 2}}, ["mesh.layout=tp_ep", "model.num_groups=2"]),
+        ({"mesh": {"layout": "hp"}}, ["mesh.layout=hp", "model.num_ffn_heads=0"]),
+        ({"mesh": {"layout": "ep"}, "model": HEADS}, ["mesh.layout=ep", "model.num_ffn_heads=8", "hp"]),
+        ({"model": HEADS}, ["training.load_balance_coef=0.01", "router_score=topk_softmax", "router_bias_rate"]),
     ],
 )
 def test_sections_must_fit_each_other(values: dict[str, Any], parts: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import pytest
 from jax.sharding import PartitionSpec
-from tiny import tiny_config
+from tiny import HEADS, tiny_config
 
 from foejax.models import LanguageModel
 from sharding import Layout, MeshSizes, make_mesh, plan_mesh
@@ -29,6 +29,10 @@ from sharding import Layout, MeshSizes, make_mesh, plan_mesh
         ("tp", 8, {"num_experts": 32, "num_kv_heads": 8}, (1, 8, 1)),
         ("tp", 8, {"num_experts": 32, "num_kv_heads": 4}, (2, 4, 1)),
         ("tp_ep", 8, {"num_experts": 32, "num_kv_heads": 8, "group": 2}, (4, 2, 1)),
+        ("hp", 8, {"num_ffn_heads": 8}, (1, 8, 1)),
+        ("hp", 8, {"num_ffn_heads": 16}, (1, 8, 1)),
+        ("hp", 8, {"num_ffn_heads": 4, "num_experts": 64, "group": 4, "expert": 2}, (1, 4, 2)),
+        ("hp", 1, {"num_ffn_heads": 8}, (1, 1, 1)),
     ],
 )
 def test_sizes_are_derived(kind: str, devices: int, given: dict[str, int], expected: tuple[int, ...]) -> None:
@@ -55,6 +59,10 @@ def test_sizes_are_derived(kind: str, devices: int, given: dict[str, int], expec
         ("tp_ep", 8, {"num_experts": 12, "num_kv_heads": 8, "group": 8}, ["mesh.group=8", "num_experts=12"]),
         ("tp_ep", 8, {"num_experts": 9, "num_kv_heads": 9}, ["gcd(num_kv_heads, num_experts)=9", "8 devices"]),
         ("ep", 8, {"num_experts": 6, "expert": 4}, ["mesh.expert=4", "num_experts=6"]),
+        ("hp", 8, {"num_ffn_heads": 12}, ["num_ffn_heads=12", "8 devices"]),
+        ("hp", 8, {"num_ffn_heads": 6, "group": 8}, ["mesh.group=8", "num_ffn_heads=6"]),
+        ("hp", 8, {"num_ffn_heads": 8, "group": 4, "expert": 2}, ["mesh.expert=2", "mesh.group=4", "mesh.group=8"]),
+        ("hp", 8, {"num_ffn_heads": 4, "num_experts": 12, "expert": 2}, ["mesh.expert=2", "experts of a head", "=3"]),
     ],
 )
 def test_impossible_meshes_name_field_and_way_out(
@@ -104,6 +112,11 @@ def test_specs_follow_the_layout() -> None:
             {"kind": "foe", "num_groups": 8, "group": 4, "expert": 2},
             ["num_groups=1", "mesh.expert=2"],
         ),
+        ({}, {"kind": "hp", "num_ffn_heads": 8}, ["num_ffn_heads=0", "mesh.layout=hp"]),
+        (HEADS, {"kind": "ep", "num_experts": 64}, ["num_ffn_heads=8", "mesh.layout=ep", "hp"]),
+        (HEADS | {"num_ffn_heads": 4}, {"kind": "hp", "num_ffn_heads": 8}, ["num_ffn_heads=4", "mesh.group=8"]),
+        (HEADS | {"ffn_head_dim": 9}, {"kind": "hp", "num_ffn_heads": 8, "data": 2}, ["ffn_head_dim=9", "mesh.data=2"]),
+        (HEADS | {"hidden_size": 33}, {"kind": "hp", "num_ffn_heads": 8, "data": 2}, ["hidden_size=33", "mesh.data=2"]),
     ],
 )
 def test_models_that_do_not_fit_a_layout_are_refused(changes: dict, layout: dict, words: list[str]) -> None:

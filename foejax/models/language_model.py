@@ -291,38 +291,39 @@ def _trace(routing: Routing) -> RoutingTrace:
 
 
 def _check_layout(config: ModelConfig, layout: Layout) -> None:
-    sizes, groups = layout.sizes, config.num_groups
+    sizes = layout.sizes
     if layout.exchanges_heads != bool(config.num_ffn_heads) and layout.mesh.size > sizes.data:
         fitting = "hp (or fsdp)" if config.num_ffn_heads else "another one"
         raise ValueError(
             f"num_ffn_heads={config.num_ffn_heads} does not fit mesh.layout={layout.kind}: use mesh.layout={fitting}"
         )
-    if layout.splits_heads and groups > 1:
+    if layout.splits_heads and config.num_groups > 1:
         raise ValueError(
-            f"num_groups={groups} does not fit mesh.layout={layout.kind}, which splits the heads of one group: "
-            "use mesh.layout=foe"
+            f"num_groups={config.num_groups} does not fit mesh.layout={layout.kind}, which splits the heads of one "
+            "group: use mesh.layout=foe"
         )
-    parts = [("group", "vocab_size", config.vocab_size)]
-    if layout.exchanges_heads:
-        heads = config.num_ffn_heads or 1
-        parts = [
-            ("group", "num_ffn_heads", heads),
-            ("expert", "num_experts / num_ffn_heads", config.num_experts // heads),
-        ]
-    elif layout.splits_heads:
-        parts += [("group", "num_kv_heads", config.num_kv_heads), ("group", "num_experts", config.num_experts)]
-    else:
-        parts += [("group", "num_groups", groups), ("expert", "num_experts / num_groups", config.num_experts // groups)]
-    for axis, field, count in parts:
+    for axis, field, count in _split_sizes(config, layout):
         size = getattr(sizes, axis)
         if count % size:
             raise ValueError(
-                f"{field}={count} is not divisible by mesh.{axis}={size}: choose {field} as a multiple of {size}"
+                f"{field}={count} is not divisible by mesh.{axis}={size}: choose {field} as a multiple of {size}, or a "
+                f"smaller mesh.{axis}"
             )
-    width = config.expert_width if config.num_ffn_heads else config.hidden_size
-    if layout.shard_params and width % sizes.data:
-        name = "ffn_head_dim" if config.num_ffn_heads else "hidden_size"
-        raise ValueError(
-            f"{name}={width} is not divisible by mesh.data={sizes.data}, over which parameters are "
-            f"split: choose {name} as a multiple of {sizes.data} or fewer data shards"
-        )
+
+
+def _split_sizes(config: ModelConfig, layout: Layout) -> list[tuple[str, str, int]]:
+    """Mesh axis, name and size of everything that the layout splits."""
+    split = [("data", "hidden_size", config.hidden_size)] if layout.shard_params else []
+    if config.num_ffn_heads:
+        split += [("data", "ffn_head_dim", config.expert_width)] if layout.shard_params else []
+        experts = config.num_experts // config.num_ffn_heads
+        return [
+            *split,
+            ("group", "num_ffn_heads", config.num_ffn_heads),
+            ("expert", "num_experts / num_ffn_heads", experts),
+        ]
+    split.append(("group", "vocab_size", config.vocab_size))
+    if layout.splits_heads:
+        return [*split, ("group", "num_kv_heads", config.num_kv_heads), ("group", "num_experts", config.num_experts)]
+    experts = config.num_experts // config.num_groups
+    return [*split, ("group", "num_groups", config.num_groups), ("expert", "num_experts / num_groups", experts)]
