@@ -44,14 +44,16 @@ _OPTIONAL = ("num_key_value_heads", "rms_norm_eps", "initializer_range", "expert
 _FIXED: dict[str, Any] = {
     "attention_bias": False,
     "clip_qkv": None,
-    "norm_topk_prob": False,
     "tie_word_embeddings": False,
     "sliding_window": None,
 }
 """OLMoE options with the one value that our models have; where a key is absent OLMoE's default is that value."""
 
-_HIDDEN_ACTS = {"swiglu": "silu", "gelu": "gelu"}
-"""expert_activation -> what transformers calls it as hidden_act; its gelu is the exact one."""
+_IMPLIED: dict[str, tuple[str, dict[str, Any]]] = {
+    "hidden_act": ("expert_activation", {"swiglu": "silu", "gelu": "gelu"}),
+    "norm_topk_prob": ("router_score", {"softmax": False, "sigmoid": False, "topk_softmax": True}),
+}
+"""OLMoE's key -> our field that decides it, and how; the gelu of transformers is the exact one."""
 
 _ARCHITECTURES: dict[ModelType, str] = {
     "foe": "FoeForCausalLM",
@@ -102,7 +104,7 @@ def to_config_json(config: ModelConfig, model_type: ModelType, dtype: str, eos_i
     content: dict[str, Any] = {"model_type": model_type, "architectures": [_ARCHITECTURES[model_type]]}
     content |= {key: fields[field] for field, key in _SHARED_KEYS.items()}
     content |= {key: fields[key] for key in _OWN_KEYS[model_type]}
-    content |= {"hidden_act": _HIDDEN_ACTS[config.expert_activation]}
+    content |= {key: values[fields[field]] for key, (field, values) in _IMPLIED.items()}
     content |= {key: value for key, value in _FIXED.items() if key != "sliding_window"}
     return content | {
         "rope_parameters": scaling | {"rope_theta": config.rope_base},
@@ -171,13 +173,17 @@ def from_config_json(folder: Path, dtype: str | None) -> ModelConfig:
         field = ".".join(str(part) for part in first["loc"])
         message = f"{field}={first['input']!r}: {first['msg']}" if field else first["msg"]
         raise ModelFolderError(f"{where} {message.removeprefix('Value error, ')}") from None
-    activation = _HIDDEN_ACTS[config.expert_activation]
-    if content.get("hidden_act", activation) != activation:
-        raise ModelFolderError(
-            f"{where} hidden_act={content['hidden_act']!r} is not supported with "
-            f"expert_activation={config.expert_activation!r}, only hidden_act={activation!r}"
-        )
+    _check_implied(content, config, where)
     return config
+
+
+def _check_implied(content: dict[str, Any], config: ModelConfig, where: str) -> None:
+    for key, (field, values) in _IMPLIED.items():
+        ours = getattr(config, field)
+        if content.get(key, values[ours]) != values[ours]:
+            raise ModelFolderError(
+                f"{where} {key}={content[key]!r} is not supported with {field}={ours!r}, only {key}={values[ours]!r}"
+            )
 
 
 def _olmoe_head_dim(content: dict[str, Any], where: str) -> int:
