@@ -11,7 +11,16 @@ import jax
 import numpy as np
 from flax import nnx
 
-from foejax.config import ConfigError, DataConfig, MeshConfig, ModelConfig, RunConfig, load_config, override_config
+from foejax.config import (
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    load_config,
+    override_config,
+)
 from foejax.data import Tokenizer, open_dataset
 from foejax.evaluation.evaluate import EvalResult, evaluate, split_model
 from foejax.interop import ModelType, export_model, import_config, import_model, import_tokenizer_path
@@ -177,18 +186,19 @@ def export(
 
     Args:
       out: does not exist or is empty.
-      model_type: `olmoe`, which transformers loads as it is, or `foe`; None takes olmoe for one group.
+      model_type: `olmoe`, which transformers loads as it is, `foe` or `mhlmoe`; None takes the one that fits, olmoe
+        before foe.
       dtype: dtype of the stored tensors; None keeps float32, so that nothing is lost.
 
     Raises:
-      ExportError: OLMoE's format cannot express the model, or `out` cannot be written.
+      ExportError: the model type cannot express the model, or `out` cannot be written.
     """
     loaded = load(run_dir, devices=devices)
     return export_model(loaded.model, out, tokenizer=loaded.tokenizer, model_type=model_type, dtype=dtype)
 
 
 def import_folder(source: str | Path, run_dir: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """Make a run, at step 0, of a Hugging Face folder (`model_type` olmoe or foe), to train it on.
+    """Make a run, at step 0, of a Hugging Face folder (`model_type` olmoe, foe or mhlmoe), to train it on.
 
     To evaluate, generate or compute logits there is no need to import: `load` reads such folders as they are.
 
@@ -242,7 +252,8 @@ def _read_exported(folder: Path) -> RunConfig:
     model = import_config(folder)
     length = min(model.max_seq_len, DataConfig().sequence_length)
     data = DataConfig(tokenizer=str(folder / TOKENIZER), sequence_length=length, batch_size=8)
-    return RunConfig(model=model, data=data)
+    coefs = {"load_balance_coef": 0.0, "z_loss_coef": 0.0} if model.streams_scores else {}
+    return RunConfig(model=model, data=data, training=TrainingConfig.model_validate(coefs))
 
 
 def _restore(folder: Path, config: ModelConfig, layout: Layout) -> tuple[LanguageModel, int]:

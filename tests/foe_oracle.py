@@ -8,6 +8,8 @@ output to its own stream only. It reads the tensors of an exported folder, so it
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +57,12 @@ class Oracle:
 
     def _attention(self, layer: int, group: int, stream: Array) -> Array:
         config, length = self.config, len(stream)
-        size, groups = config["head_dim"], config["num_groups"]
+        size, groups = config["head_dim"], config.get("num_groups", 1)
         queries, keys = config["num_attention_heads"] // groups, config["num_key_value_heads"] // groups
         own_queries = slice(group * queries * size, (group + 1) * queries * size)
         own_keys = slice(group * keys * size, (group + 1) * keys * size)
         name = f"model.layers.{layer}."
-        h = self._norm(stream, self.weights[name + "input_layernorm.weight"][group])
+        h = self._norm(stream, self.weights[name + "input_layernorm.weight"].reshape(groups, -1)[group])
         name += "self_attn."
         q = h @ self.weights[name + "q_proj.weight"][own_queries].T
         k = h @ self.weights[name + "k_proj.weight"][own_keys].T
@@ -107,25 +109,39 @@ class Oracle:
             scores = self._scores(self.weights[name + "mlp.gate.weight"] @ hidden)
             for group in range(groups):
                 own = range(group * each, (group + 1) * each)
-                ranked = sorted(own, key=lambda e: -(scores[e] + bias[e]))
-                if k < each:
-                    gap = scores[ranked[k - 1]] + bias[ranked[k - 1]] - scores[ranked[k]] - bias[ranked[k]]
-                    self.smallest_margin = min(self.smallest_margin, gap)
-                for e in ranked[:k]:
-                    streams[group][i] += scores[e] * self._expert(f"{name}mlp.experts.{e}.", hidden)
+                for e, weight in self._choose(own, k, scores, bias):
+                    streams[group][i] += weight * self._expert(f"{name}mlp.experts.{e}.", hidden)
         return streams
 
+    def _choose(self, own: Sequence[int], k: int, scores: Array, bias: Array) -> list[tuple[int, float]]:
+        """The k best of the experts `own`, each with its weight, in which the bias has no part."""
+        ranked = sorted(own, key=lambda e: -(scores[e] + bias[e]))
+        chosen = ranked[:k]
+        if k < len(ranked):
+            gap = scores[ranked[k - 1]] + bias[ranked[k - 1]] - scores[ranked[k]] - bias[ranked[k]]
+            self.smallest_margin = min(self.smallest_margin, gap)
+        if self.config["router_score"] != "topk_softmax":
+            return [(e, scores[e]) for e in chosen]
+        total = sum(np.exp(scores[e]) for e in chosen)
+        return [(e, np.exp(scores[e]) / total) for e in chosen]
+
     def _scores(self, logits: Array) -> Array:
+        """What experts are chosen by."""
+        if self.config["router_score"] == "topk_softmax":
+            return logits
         if self.config["router_score"] == "sigmoid":
             return 1 / (1 + np.exp(-logits))
         if self.config["router_scope"] == "global":
             return np.exp(logits) / np.exp(logits).sum()
-        blocks = np.split(logits, self.config["num_groups"])
+        blocks = np.split(logits, self.config.get("num_groups", 1))
         return np.concatenate([np.exp(block) / np.exp(block).sum() for block in blocks])
 
     def _expert(self, name: str, hidden: Array) -> Array:
-        gate = self.weights[name + "gate_proj.weight"] @ hidden
         up = self.weights[name + "up_proj.weight"] @ hidden
+        if self.config["expert_activation"] == "gelu":
+            gelu = np.array([x * (1 + math.erf(x / math.sqrt(2))) / 2 for x in up])
+            return self.weights[name + "down_proj.weight"] @ gelu
+        gate = self.weights[name + "gate_proj.weight"] @ hidden
         return self.weights[name + "down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * up)
 
     def _norm(self, x: Array, weight: Array) -> Array:

@@ -221,7 +221,7 @@ def test_help_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
             assert f"--{section}.{name} " in printed
             assert field.description, f"{section}.{name} has no description"
     assert describe_fields() in printed
-    assert "--mesh.layout auto|foe|fsdp|ep|tp|tp_ep = auto" in printed
+    assert "--mesh.layout auto|foe|fsdp|ep|tp|tp_ep|hp = auto" in printed
     assert "--data.validation_fraction float (> 0, < 1) = 0.05" in printed
 
 

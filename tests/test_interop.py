@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from flax import nnx
+from model_folders import arrays_of, assert_same, edit_config, edit_tensors
 from random_models import random_model
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from foejax.config import ModelConfig
 from foejax.data import Tokenizer
@@ -65,19 +66,6 @@ MOE = ModelConfig(
 )
 
 
-def arrays_of(model: LanguageModel) -> dict[str, np.ndarray]:
-    state = nnx.to_flat_state(nnx.state(model.transformer))
-    return {".".join(path): np.asarray(variable.get_value()) for path, variable in state}
-
-
-def assert_same(actual: LanguageModel, expected: LanguageModel) -> None:
-    left, right = arrays_of(actual), arrays_of(expected)
-    assert left.keys() == right.keys()
-    for name, value in right.items():
-        assert left[name].dtype == value.dtype
-        np.testing.assert_array_equal(left[name], value, err_msg=name)
-
-
 @pytest.fixture(scope="module")
 def foe() -> LanguageModel:
     layout = Layout.create("foe", num_groups=4, num_devices=8)
@@ -97,18 +85,6 @@ def foe_folder(foe: LanguageModel, tmp_path: Path) -> Path:
 @pytest.fixture
 def moe_folder(moe: LanguageModel, tmp_path: Path) -> Path:
     return export_model(moe, tmp_path / "moe")
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value != "absent"}))
-
-
-def edit_tensors(folder: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 def test_foe_folder_has_the_tensors_of_olmoe(foe: LanguageModel, foe_folder: Path) -> None:
@@ -193,8 +169,11 @@ def test_moe_round_trip_is_exact(kind: Any, moe: LanguageModel, moe_folder: Path
     assert_same(import_model(moe_folder, layout), moe)
 
 
-def test_one_group_as_foe_carries_what_olmoe_cannot(tmp_path: Path) -> None:
-    config = MOE.model_copy(update={"router_score": "sigmoid", "embedding_scale": 2.0, "head_dim": 8})
+@pytest.mark.parametrize(
+    "changes", [{"router_score": "sigmoid"}, {"router_score": "topk_softmax", "expert_activation": "gelu"}]
+)
+def test_one_group_as_foe_carries_what_olmoe_cannot(changes: dict[str, Any], tmp_path: Path) -> None:
+    config = MOE.model_copy(update={"embedding_scale": 2.0, "head_dim": 8} | changes)
     model = random_model(config, seed=3, selection_bias=True)
     folder = export_model(model, tmp_path / "out", model_type="foe")
     assert import_config(folder) == config
@@ -257,6 +236,8 @@ def test_older_olmoe_keys_are_read(moe_folder: Path) -> None:
     ("changes", "selection_bias", "message"),
     [
         ({"router_score": "sigmoid"}, False, "router_score=sigmoid"),
+        ({"router_score": "topk_softmax"}, False, "router_score=topk_softmax"),
+        ({"expert_activation": "gelu"}, False, "expert_activation=gelu"),
         ({"embedding_scale": 0.5}, False, "embedding_scale=0.5"),
         ({"head_dim": 8}, False, r"num_query_heads \* head_dim=32 .* hidden_size=24"),
         ({}, True, "selection bias"),
@@ -269,6 +250,13 @@ def test_what_olmoe_cannot_express_is_refused(
     model = random_model(MOE.model_copy(update=changes), seed=5, selection_bias=selection_bias)
     with pytest.raises(ExportError, match=f"{message}.*model_type foe"):
         export_model(model, tmp_path / "out", model_type="olmoe")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mhlmoe_is_for_heads_of_experts(moe: LanguageModel, foe: LanguageModel, tmp_path: Path) -> None:
+    for model in (moe, foe):
+        with pytest.raises(ExportError, match="num_ffn_heads=0 .* mhlmoe, which has at least one: export with .* foe"):
+            export_model(model, tmp_path / "out", model_type="mhlmoe")
     assert not list(tmp_path.iterdir())
 
 
@@ -305,7 +293,7 @@ def test_a_full_disk_leaves_nothing_behind(moe: LanguageModel, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type='llama'.*foe and olmoe"),
+        ({"model_type": "llama"}, "model_type='llama'.*foe or olmoe or mhlmoe"),
         ({"clip_qkv": 8.0}, "clip_qkv=8.0"),
         ({"norm_topk_prob": True}, "norm_topk_prob=True"),
         ({"attention_bias": True}, "attention_bias=True"),
@@ -329,6 +317,8 @@ def test_foe_keys_are_required_and_checked(foe_folder: Path) -> None:
     edit_config(foe_folder, num_groups=3)
     with pytest.raises(ModelFolderError, match="num_groups=3"):
         import_config(foe_folder)
+    edit_config(foe_folder, num_groups=4, expert_activation="absent")
+    assert import_config(foe_folder) == FOE, "folders that were written before there was a choice"
     edit_config(foe_folder, num_groups="absent")
     with pytest.raises(ModelFolderError, match="num_groups missing"):
         import_config(foe_folder)

@@ -296,18 +296,19 @@ def _add_conversions(commands: Any) -> None:
         "export",
         folder.run_export,
         "Write a run as a Hugging Face folder: config.json, safetensors, tokenizer.json.",
-        "A model of one group is written as OLMoE, which transformers loads; others as model_type foe.",
+        "A model of one group is written as OLMoE, which transformers loads; others as model_type foe or mhlmoe.",
     )
     command.add_argument("run_dir", metavar="RUN", help="a run, or an exported folder to write anew")
     command.add_argument("out", metavar="OUT", help="a folder that does not exist or is empty")
-    command.add_argument("--model-type", choices=("olmoe", "foe"), help="default: olmoe for one group, else foe")
+    kinds = ("olmoe", "foe", "mhlmoe")
+    command.add_argument("--model-type", choices=kinds, help="default: the one that fits, olmoe before foe")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors; default: float32")
     _add_devices(command)
     command = _add(
         commands,
         "import",
         folder.run_import,
-        "Make a run, at step 0, of a Hugging Face folder (model_type olmoe or foe), to train it on.",
+        "Make a run, at step 0, of a Hugging Face folder (model_type olmoe, foe or mhlmoe), to train it on.",
         "example:\n  foejax import OLMoE-folder runs/olmoe --data.corpus ~/texts\n"
         "  foejax train runs/olmoe/config.yaml --run-dir runs/olmoe\n\n"
         "evaluate, generate and logits read such a folder as it is: they need no import.\n"

@@ -1,4 +1,4 @@
-"""Interchange with Hugging Face folders: FoE models, and matched MoE models as OLMoE."""
+"""Interchange with Hugging Face folders: matched MoE models as OLMoE, FoE and Multi-Head LatentMoE as our own kinds."""
 
 from foejax.interop.errors import ExportError, InterchangeError, ModelFolderError
 from foejax.interop.exporter import export_model

@@ -1,4 +1,4 @@
-"""A model's configuration as the config.json of a Hugging Face folder: OLMoE's keys, and FoE's own beside them."""
+"""A model's configuration as the config.json of a Hugging Face folder: OLMoE's keys, and our own beside them."""
 
 from __future__ import annotations
 
@@ -29,46 +29,63 @@ _SHARED_KEYS = {
 }
 """Our field -> OLMoE's key."""
 
-_FOE_KEYS = ("num_groups", "merge_scale", "embedding_scale", "router_score", "router_scope", "head_dim")
-"""Keys that only an FoE folder has, named as our fields."""
+_COMMON_KEYS = ("embedding_scale", "expert_activation", "router_score", "router_scope", "head_dim")
 
-_OPTIONAL = ("num_key_value_heads", "rms_norm_eps", "initializer_range")
-"""Keys that may be absent: OLMoE's defaults are ours (as many key/value heads as query heads)."""
+_OWN_KEYS: dict[ModelType, tuple[str, ...]] = {
+    "foe": ("num_groups", "merge_scale", *_COMMON_KEYS),
+    "mhlmoe": ("num_ffn_heads", "ffn_head_dim", *_COMMON_KEYS),
+    "olmoe": (),
+}
+"""Keys that OLMoE does not have, named as our fields."""
+
+_OPTIONAL = ("num_key_value_heads", "rms_norm_eps", "initializer_range", "expert_activation")
+"""Keys that may be absent: OLMoE's defaults are ours (as many key/value heads as query heads; SwiGLU)."""
 
 _FIXED: dict[str, Any] = {
-    "hidden_act": "silu",
     "attention_bias": False,
     "clip_qkv": None,
-    "norm_topk_prob": False,
     "tie_word_embeddings": False,
     "sliding_window": None,
 }
 """OLMoE options with the one value that our models have; where a key is absent OLMoE's default is that value."""
 
-_ARCHITECTURES: dict[ModelType, str] = {"foe": "FoeForCausalLM", "olmoe": "OlmoeForCausalLM"}
+_IMPLIED: dict[str, tuple[str, dict[str, Any]]] = {
+    "hidden_act": ("expert_activation", {"swiglu": "silu", "gelu": "gelu"}),
+    "norm_topk_prob": ("router_score", {"softmax": False, "sigmoid": False, "topk_softmax": True}),
+}
+"""OLMoE's key -> our field that decides it, and how; the gelu of transformers is the exact one."""
+
+_ARCHITECTURES: dict[ModelType, str] = {
+    "foe": "FoeForCausalLM",
+    "mhlmoe": "MhlmoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+}
 
 
 def choose_model_type(config: ModelConfig, asked: ModelType | None, *, selection_bias: bool) -> ModelType:
-    """The kind of folder for a model: the one asked for, or olmoe for one group and foe for more.
+    """The kind of folder for a model: the one asked for, or mhlmoe for heads of experts, olmoe for one group, else foe.
 
     Raises:
-      ExportError: OLMoE cannot express the model.
+      ExportError: that kind cannot express the model.
     """
-    chosen: ModelType = asked or ("olmoe" if config.num_groups == 1 else "foe")
-    if chosen == "foe":
+    heads, width = config.num_ffn_heads, config.num_query_heads * config.head_dim
+    own: ModelType = "mhlmoe" if heads else "foe"
+    chosen: ModelType = asked or ("olmoe" if own == "foe" and config.num_groups == 1 else own)
+    if chosen == own:
         return chosen
-    width = config.num_query_heads * config.head_dim
     for field, value, wrong, only in (
+        ("num_ffn_heads", heads, "mhlmoe" in (own, chosen), "none" if heads else "at least one"),
         ("num_groups", config.num_groups, config.num_groups != 1, "one group"),
         ("embedding_scale", config.embedding_scale, config.embedding_scale != 1.0, "1"),
+        ("expert_activation", config.expert_activation, config.expert_activation != "swiglu", "swiglu"),
         ("router_score", config.router_score, config.router_score != "softmax", "softmax"),
         ("the routers' selection bias", "non-zero", selection_bias, "none"),
         ("num_query_heads * head_dim", width, width != config.hidden_size, f"hidden_size={config.hidden_size}"),
     ):
         if wrong:
             raise ExportError(
-                f"{field}={value} cannot be expressed by model_type olmoe, which has {only}: "
-                "export with model_type foe, which transformers does not know but foejax imports"
+                f"{field}={value} cannot be expressed by model_type {chosen}, which has {only}: "
+                f"export with model_type {own}, which transformers does not know but foejax imports"
             )
     return chosen
 
@@ -80,12 +97,14 @@ def to_config_json(config: ModelConfig, model_type: ModelType, dtype: str, eos_i
     `rope_scaling` by older ones. `compute_dtype` is ours; `dtype` and `torch_dtype` describe the stored tensors.
     """
     fields = config.model_dump()
+    if config.num_ffn_heads:
+        fields["ffn_head_dim"] = config.expert_width  # the size itself, also where it was left to be derived
     factor = config.rope_scaling_factor
     scaling = {"rope_type": "default"} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
-    content = {"model_type": model_type, "architectures": [_ARCHITECTURES[model_type]]}
+    content: dict[str, Any] = {"model_type": model_type, "architectures": [_ARCHITECTURES[model_type]]}
     content |= {key: fields[field] for field, key in _SHARED_KEYS.items()}
-    if model_type == "foe":
-        content |= {key: fields[key] for key in _FOE_KEYS}
+    content |= {key: fields[key] for key in _OWN_KEYS[model_type]}
+    content |= {key: values[fields[field]] for key, (field, values) in _IMPLIED.items()}
     content |= {key: value for key, value in _FIXED.items() if key != "sliding_window"}
     return content | {
         "rope_parameters": scaling | {"rope_theta": config.rope_base},
@@ -117,7 +136,7 @@ def read_config_json(folder: Path) -> tuple[ModelType, dict[str, Any]]:
         raise ModelFolderError(f"{path} is not readable JSON ({error}): copy the folder again") from error
     kind = content.get("model_type") if isinstance(content, dict) else None
     if kind not in get_args(ModelType):
-        supported = " and ".join(get_args(ModelType))
+        supported = " or ".join(get_args(ModelType))
         raise ModelFolderError(f"{path}: model_type={kind!r} is not one we read: give a folder of {supported}")
     return cast(ModelType, kind), content
 
@@ -130,28 +149,41 @@ def from_config_json(folder: Path, dtype: str | None) -> ModelConfig:
     """
     model_type, content = read_config_json(folder)
     where = f"{folder / CONFIG_FILE}:"
+    own_keys = _OWN_KEYS[model_type]
     for key, value in _FIXED.items():
         if content.get(key, value) != value:
             raise ModelFolderError(f"{where} {key}={content[key]!r} is not supported, only {key}={value!r}")
-    needed = [*_SHARED_KEYS.values(), *(_FOE_KEYS if model_type == "foe" else ())]
+    needed = [*_SHARED_KEYS.values(), *own_keys]
     missing = [key for key in needed if content.get(key) is None and key not in _OPTIONAL]
     if missing:
         raise ModelFolderError(f"{where} {', '.join(missing)} missing: take the config.json the model was saved with")
     fields = {field: content[key] for field, key in _SHARED_KEYS.items() if content.get(key) is not None}
     fields.setdefault("num_kv_heads", content["num_attention_heads"])
-    if model_type == "foe":
-        fields |= {key: content[key] for key in _FOE_KEYS}
-    else:
+    fields |= {key: content[key] for key in own_keys if content.get(key) is not None}
+    if model_type == "mhlmoe" and not fields["num_ffn_heads"]:
+        raise ModelFolderError(f"{where} num_ffn_heads=0 does not fit model_type='mhlmoe': correct the config.json")
+    if model_type == "olmoe":
         fields["head_dim"] = _olmoe_head_dim(content, where)
     fields["rope_base"], fields["rope_scaling_factor"] = _rotary(content, where)
     fields["dtype"] = dtype or _compute_dtype(content)
     try:
-        return ModelConfig.model_validate(fields)
+        config = ModelConfig.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         message = f"{field}={first['input']!r}: {first['msg']}" if field else first["msg"]
         raise ModelFolderError(f"{where} {message.removeprefix('Value error, ')}") from None
+    _check_implied(content, config, where)
+    return config
+
+
+def _check_implied(content: dict[str, Any], config: ModelConfig, where: str) -> None:
+    for key, (field, values) in _IMPLIED.items():
+        ours = getattr(config, field)
+        if content.get(key, values[ours]) != values[ours]:
+            raise ModelFolderError(
+                f"{where} {key}={content[key]!r} is not supported with {field}={ours!r}, only {key}={values[ours]!r}"
+            )
 
 
 def _olmoe_head_dim(content: dict[str, Any], where: str) -> int:

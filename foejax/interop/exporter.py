@@ -19,7 +19,7 @@ from foejax.data import Tokenizer
 from foejax.interop.config_json import CONFIG_FILE, choose_model_type, to_config_json
 from foejax.interop.errors import ExportError
 from foejax.interop.safetensors_file import DTYPES, TensorSpec, write_safetensors
-from foejax.interop.tensor_names import SELECTION_BIAS, ModelType, ParamPath, TensorRule, tensor_rules
+from foejax.interop.tensor_names import ModelType, ParamPath, TensorRule, selection_bias_rule, tensor_rules
 from foejax.models import LanguageModel
 from foejax.models.block import Block
 from foejax.models.layers import high_precision
@@ -47,7 +47,8 @@ def export_model(
     Args:
       folder: does not exist or is empty.
       tokenizer: a tokenizer, or the path of a tokenizer.json.
-      model_type: `olmoe`, which transformers loads as it is, or `foe`; None takes olmoe for one group.
+      model_type: `olmoe`, which transformers loads as it is, `foe` or `mhlmoe`; None takes the one that fits, olmoe
+        before foe.
       dtype: dtype of the stored tensors; None keeps the parameters' own, so that nothing is lost.
       max_shard_bytes: tensors beyond this go into further files, listed in an index.
 
@@ -71,7 +72,7 @@ def export_model(
     params: FlatState = {path: variable.get_value() for path, variable in state}
     if not all(value.is_fully_addressable for value in params.values()):
         raise ExportError("the parameters are spread over several processes: export from one process that holds all")
-    has_bias = bool(np.any(np.asarray(params[SELECTION_BIAS.path])))
+    has_bias = bool(np.any(np.asarray(params[selection_bias_rule(model.config).path])))
     kind = choose_model_type(model.config, model_type, selection_bias=has_bias)
     vocabulary = _open_tokenizer(tokenizer, model.config.vocab_size)
     eos_id = vocabulary.eos_id if vocabulary else None
@@ -79,7 +80,7 @@ def export_model(
         _write_json(unfinished / CONFIG_FILE, to_config_json(model.config, kind, dtype, eos_id))
         if vocabulary:
             _write_tokenizer(vocabulary, unfinished, model.config.max_seq_len)
-        rules = tensor_rules(kind, selection_bias=has_bias)
+        rules = tensor_rules(kind, model.config, selection_bias=has_bias)
         _write_tensors(params, rules, model.config.num_layers, unfinished, dtype, max_shard_bytes)
     return target
 

@@ -15,7 +15,15 @@ from foejax.interop.config_json import from_config_json, read_config_json
 from foejax.interop.errors import ModelFolderError
 from foejax.interop.exporter import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILE
 from foejax.interop.safetensors_file import open_safetensors
-from foejax.interop.tensor_names import SELECTION_BIAS, Index, ModelType, ParamPath, Shape, TensorRule, tensor_rules
+from foejax.interop.tensor_names import (
+    Index,
+    ModelType,
+    ParamPath,
+    Shape,
+    TensorRule,
+    selection_bias_rule,
+    tensor_rules,
+)
 from foejax.models import LanguageModel
 from sharding import Layout
 
@@ -27,7 +35,7 @@ def import_config(folder: str | Path, *, dtype: str | None = None) -> ModelConfi
       dtype: compute dtype in place of the one the folder names.
 
     Raises:
-      ModelFolderError: not a folder of an FoE or OLMoE model, or one with options that our models do not have.
+      ModelFolderError: not a folder of a model type that we read, or one with options that our models do not have.
     """
     return from_config_json(Path(folder), dtype)
 
@@ -45,7 +53,7 @@ def import_tokenizer_path(folder: str | Path) -> Path:
 
 
 def import_model(folder: str | Path, layout: Layout, *, dtype: str | None = None) -> LanguageModel:
-    """The model in a folder, FoE or OLMoE, one file or several; every device reads its own part of each tensor.
+    """The model in a folder, of one file or several; every device reads its own part of each tensor.
 
     Args:
       layout: where the model goes.
@@ -63,7 +71,7 @@ def import_model(folder: str | Path, layout: Layout, *, dtype: str | None = None
     graphdef, state = nnx.split(abstract.transformer)
     flat = nnx.to_flat_state(state)
     places = {path: variable.get_value() for path, variable in flat}
-    rules = {rule.path: rule for rule in _rules_of(tensors, places, model_type, config.num_layers)}
+    rules = {rule.path: rule for rule in _rules_of(tensors, places, model_type, config)}
     leaves = []
     for path, variable in flat:
         place = places[path]
@@ -92,15 +100,16 @@ def _rules_of(
     tensors: dict[str, np.ndarray],
     places: Mapping[ParamPath, jax.ShapeDtypeStruct],
     model_type: ModelType,
-    num_layers: int,
+    config: ModelConfig,
 ) -> tuple[TensorRule, ...]:
     """The table for a folder, after checking that its tensors are exactly those of the table."""
-    has_bias = model_type == "foe" and any(SELECTION_BIAS.name.format(layer=n) in tensors for n in range(num_layers))
-    rules = tensor_rules(model_type, selection_bias=has_bias)
+    layers, bias = range(config.num_layers), selection_bias_rule(config)
+    has_bias = model_type != "olmoe" and any(bias.name.format(layer=n) in tensors for n in layers)
+    rules = tensor_rules(model_type, config, selection_bias=has_bias)
     expected: dict[str, Shape] = {}
     for rule in rules:
         shape = places[rule.path].shape
-        for layer in range(num_layers) if rule.per_layer else (0,):
+        for layer in layers if rule.per_layer else (0,):
             expected.update(rule.tensors(shape[1:] if rule.per_layer else shape, layer))
     missing = [name for name in expected if name not in tensors]
     if missing:

@@ -1,7 +1,8 @@
 """Which Hugging Face tensor holds which of our parameters, in one table that serves both directions.
 
 Shape letters, as in the parameters' own names: S (or H) groups, D width, Q query heads and G key/value heads of a
-group, K head size, E experts of a group, F expert hidden size, V vocabulary.
+group, K head size, E experts of a group, F expert hidden size, V vocabulary. In Multi-Head LatentMoE heads of experts
+stand for groups, K is the size of a sub-token, and so is the D of an expert.
 
 Groups come first wherever they are merged with heads or experts, so group h is the h-th contiguous slice of both.
 """
@@ -14,7 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-ModelType = Literal["foe", "olmoe"]
+from foejax.config import ModelConfig
+
+ModelType = Literal["foe", "olmoe", "mhlmoe"]
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 ParamPath = tuple[Any, ...]
@@ -98,11 +101,9 @@ _LAYER = "model.layers.{layer}."
 _EXPERT = _LAYER + "mlp.experts.{expert}."
 
 _INPUT_NORM = TensorRule("layers.attention_norm_SD", _LAYER + "input_layernorm.weight", "S D")
+_EXPERT_GATE = TensorRule("layers.experts.gate_SEDF", _EXPERT + "gate_proj.weight", "SE F D")
 
-SELECTION_BIAS = TensorRule("layers.router.selection_bias_SE", _LAYER + "mlp.gate.e_score_correction_bias", "SE")
-"""Written only where it is not zero; named as DeepSeek-V3 names it."""
-
-_RULES: tuple[TensorRule, ...] = (
+_AROUND_EXPERTS: tuple[TensorRule, ...] = (
     TensorRule("embedding_VD", "model.embed_tokens.weight", "V D"),
     _INPUT_NORM,
     TensorRule("layers.attention.q_SDQK", _LAYER + "self_attn.q_proj.weight", "SQK D"),
@@ -112,18 +113,49 @@ _RULES: tuple[TensorRule, ...] = (
     TensorRule("layers.attention.q_norm_SQK", _LAYER + "self_attn.q_norm.weight", "SQK"),
     TensorRule("layers.attention.k_norm_SGK", _LAYER + "self_attn.k_norm.weight", "SGK"),
     TensorRule("layers.expert_norm_D", _LAYER + "post_attention_layernorm.weight", "D"),
-    TensorRule("layers.router.w_DHE", _LAYER + "mlp.gate.weight", "HE D"),
-    TensorRule("layers.experts.gate_SEDF", _EXPERT + "gate_proj.weight", "SE F D"),
-    TensorRule("layers.experts.up_SEDF", _EXPERT + "up_proj.weight", "SE F D"),
-    TensorRule("layers.experts.down_SEFD", _EXPERT + "down_proj.weight", "SE D F"),
     TensorRule("final_norm_D", "model.norm.weight", "D"),
     TensorRule("head_DV", "lm_head.weight", "V D"),
 )
 
+_ROUTER: tuple[TensorRule, ...] = (TensorRule("layers.router.w_DHE", _LAYER + "mlp.gate.weight", "HE D"),)
 
-def tensor_rules(model_type: ModelType, *, selection_bias: bool) -> tuple[TensorRule, ...]:
-    """The table for one kind of folder; OLMoE's single group has no dimension of its own in the input norm."""
-    rules = _RULES
-    if model_type == "olmoe":
-        rules = tuple(replace(rule, dims="SD") if rule is _INPUT_NORM else rule for rule in rules)
-    return (*rules, SELECTION_BIAS) if selection_bias else rules
+_HEADS_AND_ROUTERS: tuple[TensorRule, ...] = (
+    TensorRule("layers.heads.in_DHK", _LAYER + "mlp.in_proj.weight", "HK D"),
+    TensorRule("layers.heads.out_HKD", _LAYER + "mlp.out_proj.weight", "D HK"),
+    TensorRule("layers.heads.router.w_SKE", _LAYER + "mlp.gate.weight", "SE K"),
+)
+
+_EXPERTS: tuple[TensorRule, ...] = (
+    _EXPERT_GATE,
+    TensorRule("layers.experts.up_SEDF", _EXPERT + "up_proj.weight", "SE F D"),
+    TensorRule("layers.experts.down_SEFD", _EXPERT + "down_proj.weight", "SE D F"),
+)
+
+_SELECTION_BIAS = TensorRule("layers.router.selection_bias_SE", _LAYER + "mlp.gate.e_score_correction_bias", "SE")
+
+
+def selection_bias_rule(config: ModelConfig) -> TensorRule:
+    """The routers' selection bias, written only where it is not zero and named as DeepSeek-V3 names it."""
+    return _of_heads(_SELECTION_BIAS) if config.num_ffn_heads else _SELECTION_BIAS
+
+
+def tensor_rules(model_type: ModelType, config: ModelConfig, *, selection_bias: bool) -> tuple[TensorRule, ...]:
+    """The table for one model in one kind of folder.
+
+    Where there is one group for sure (olmoe, mhlmoe) it has no dimension of its own in the input norm.
+    """
+    around, experts = _AROUND_EXPERTS, _EXPERTS
+    if model_type != "foe":
+        around = tuple(replace(rule, dims="SD") if rule is _INPUT_NORM else rule for rule in around)
+    if config.expert_activation == "gelu":
+        experts = tuple(rule for rule in experts if rule is not _EXPERT_GATE)
+    if config.num_ffn_heads:
+        rules = (*around, *_HEADS_AND_ROUTERS, *map(_of_heads, experts))
+    else:
+        rules = (*around, *_ROUTER, *experts)
+    return (*rules, selection_bias_rule(config)) if selection_bias else rules
+
+
+def _of_heads(rule: TensorRule) -> TensorRule:
+    """The rule of a router's or an expert's parameter where heads own it."""
+    return replace(rule, param=rule.param.replace("layers.", "layers.heads.", 1))
