@@ -212,8 +212,8 @@ def test_head_parallel_is_no_moe_layout_and_has_sentences_of_its_own() -> None:
     runs = [*RUNS, *HEAD_RUNS, *(run | {"name": "hp group=8", "kind": "hp", "seconds": 9.0} for run in RUNS[2:4])]
     assert report._check_section(runs) == report._check_section(RUNS)
     assert report.against_heads([*RUNS, *HEAD_RUNS]) == [
-        "Forward pass, foe group=8 sends 5.00 MB and hp group=8 1.00 MB: FoE has the shorter step at unlimited (2.50); "
-        "Head Parallel has the shorter step at 100 Mbit/s (0.70)."
+        "Forward pass, foe group=8 sends 5.00 MB and hp group=8 1.00 MB: FoE's step is the shorter one: unlimited "
+        "(2.50); Head Parallel's step is the shorter one: 100 Mbit/s (0.70)."
     ]
     assert report.against_heads(RUNS) == []
 
@@ -240,11 +240,11 @@ def test_the_report_shows_times_and_bytes(tmp_path: Path) -> None:
     assert "| ep expert=8 | 0.900 (0.90) | 0.300 (1.50) |" in text
     assert "| foe group=8 | forward pass | 5.000 | 5.100 | +2.0% to +2.0% |" in text
     assert "| fsdp data=8 | forward pass | 0.000 | 0.000 |  |" in text
-    assert "5% from the audit: tp group=8, forward pass, 200 Mbit/s (+20.0%, 6 arrays reduced)." in text
+    assert "audit: tp group=8, forward pass, 200 Mbit/s (+20.0%, 200 kB at 2 exchanges and 6 reduced arrays)." in text
     assert "| hp group=8 | 0.700 (0.70) | 0.500 (2.50) |" in text
     assert "8 heads with a sub-token of 16 and 68 experts each, 5 per sub-token, two matrices of width 32" in text
     assert "Parameters (active for a token): MoE 2,000 (300), Multi-Head LatentMoE 2,001 (301)" in text
-    assert "- Forward pass, foe group=8 sends 5.00 MB and hp group=8 1.00 MB: FoE has" in text
+    assert "- Forward pass, foe group=8 sends 5.00 MB and hp group=8 1.00 MB: FoE's" in text
     assert all(limit in text for limit in report.LIMITS)
     assert (tmp_path / "forward.png").stat().st_size > 10_000
 

@@ -111,8 +111,9 @@ def _bytes_section(runs: Sequence[Run]) -> list[str]:
     lines = [
         "Sent by one host to the other in a step, the larger of the two. Counted: on the interface, headers and "
         "acknowledgements included, over all rates. Where the audit has two figures, exchanges of tokens choose "
-        "between two buffer sizes, and what is counted should lie between them. Gloo adds messages of its own to every "
-        "array that is reduced, also where the compiler has put many into one all-reduce: with small ones they weigh.",
+        "between two buffer sizes, and what is counted should lie between them. Gloo adds some kB of its own to every "
+        "exchange, and to every array that is reduced, also where the compiler has put many into one all-reduce: they "
+        "weigh where a step sends little.",
         "",
         "| layout | program | audited, MB | counted, MB | counted over audited |",
         "| --- | --- | ---: | ---: | ---: |",
@@ -228,7 +229,7 @@ def _verdict(pairs: Sequence[Pair]) -> str:
     for who, foe_wins in (("FoE", True), ("Head Parallel", False)):
         own = [pair for pair in pairs if (pair.foe["seconds"] < pair.other["seconds"]) == foe_wins]
         rates = [f"{rate_text(pair.foe['rate_mbit'])} ({_ratio(pair):.2f})" for pair in own]
-        parts += [f"{who} has the shorter step at {', '.join(rates)}"] if own else []
+        parts += [f"{who}'s step is the shorter one: {', '.join(rates)}"] if own else []
     return (
         f"{TITLES[foe['program']]}, {foe['name']} sends {audited_bytes(foe) / 1e6:.2f} MB and {heads['name']} "
         f"{audited_bytes(heads) / 1e6:.2f} MB: {'; '.join(parts)}."
@@ -261,13 +262,15 @@ def bytes_excess(run: Run) -> float | None:
 
 
 def _named(runs: Sequence[Run]) -> str:
-    named = (f"{_run_name(run)} ({bytes_excess(run):+.1%}, {_reduced_arrays(run):g} arrays reduced)" for run in runs)
-    return ", ".join(named) or "none"
+    return ", ".join(f"{_run_name(run)} ({bytes_excess(run):+.1%}, {_excess_text(run)})" for run in runs) or "none"
 
 
-def _reduced_arrays(run: Run) -> float:
-    """Arrays in the all-reduces of a step."""
-    return sum(row["count"] * row["arrays"] for row in run["collectives"] if row["op"] == "all-reduce")
+def _excess_text(run: Run) -> str:
+    """What is counted beyond the audit, how many arrays the step reduces and how many collectives else it has."""
+    reduced = sum(row["count"] * row["arrays"] for row in run["collectives"] if row["op"] == "all-reduce")
+    others = sum(row["count"] for row in run["collectives"] if row["op"] != "all-reduce")
+    excess = (counted_bytes(run) - audited_bytes(run)) / 1e3
+    return f"{excess:.0f} kB at {others:g} exchanges and {reduced:g} reduced arrays"
 
 
 def _run_name(run: Run) -> str:
