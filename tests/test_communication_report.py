@@ -55,6 +55,38 @@ def test_the_verdict_on_the_error_follows_the_error(two_hosts: Path, tmp_path: P
     assert calibrated.error > 0.15 and ": not within the 15% asked for" in calibrated.section()
 
 
+def with_heads(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs, and those of `tp` again as if they were Head Parallel's, at half their seconds."""
+    heads = [run | {"name": "hp group=8", "kind": "hp"} for run in runs if run["kind"] == "tp"]
+    return [*runs, *(run | {"seconds": run["seconds"] / 2} for run in heads)]
+
+
+def test_nothing_is_fitted_to_head_parallel(two_hosts: Path, tmp_path: Path) -> None:
+    without = calibrate(two_hosts, (100.0, 1000.0))
+    found = json.loads(two_hosts.read_text())
+    path = tmp_path / "with_heads.json"
+    path.write_text(json.dumps(found | {"runs": with_heads(found["runs"])}))
+    calibrated = calibrate(path, (100.0, 1000.0))
+    assert calibrated.calibration == without.calibration and calibrated.error == without.error
+    assert [(rate, len(runs)) for rate, runs in calibrated.by_rate()] == [
+        (rate, len(runs)) for rate, runs in without.by_rate()
+    ]
+    assert "Left out of the fit, of the table and of the plot: `hp group=8`" in calibrated.section()
+    assert "Left out" not in without.section()
+    values = calibrated.as_dict()
+    assert len(values["runs"]) == 72 + 12 and 0.8 < values["median_error_left_out"] < 1.2
+
+
+def test_findings_hold_head_parallel_apart() -> None:
+    runs = results()["runs"]
+    findings, without = measured_findings(with_heads(runs)), measured_findings(runs)
+    assert findings[: len(without)] == without
+    assert [text[:80] for text, _ in findings[len(without) :]] == [
+        "Forward pass at 50 Mbit/s: the best Multi-Head LatentMoE layout, hp group=8, tak",
+        "Decoding step at 50 Mbit/s: the best Multi-Head LatentMoE layout, hp group=8, ta",
+    ]
+
+
 def test_findings_name_the_fastest_layouts_at_the_slowest_rate() -> None:
     runs = results()["runs"]
     findings = measured_findings(runs)

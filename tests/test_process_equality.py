@@ -22,12 +22,12 @@ from sharded_equality import loss_gradient_logits
 from tiny import tiny_config
 from foejax.models import LanguageModel
 from sharding import Layout, hosts
-given, found, kind, sizes, groups = sys.argv[1:]
+given, found, kind, sizes, changes = sys.argv[1:]
 hosts.start()
-config = tiny_config(num_groups=int(groups), num_layers=2)
+config = tiny_config(**json.loads(changes))
 layout = Layout.create(
     kind, num_groups=config.num_groups, num_experts=config.num_experts, num_kv_heads=config.num_kv_heads,
-    **json.loads(sizes),
+    num_ffn_heads=config.num_ffn_heads, **json.loads(sizes),
 )
 hosts.connect(layout.mesh)
 model = LanguageModel.abstract(config, layout)
@@ -59,7 +59,14 @@ LAYOUTS = [
     ("tp_ep", {"data": 1, "group": 8}),
     ("tp_ep", {"data": 2, "group": 4}),
     ("fsdp", {"data": 8}),
+    ("hp", {"data": 1, "group": 8}),
 ]
+HEADS = {
+    "num_ffn_heads": 8,
+    "experts_per_token": 16,
+    "expert_activation": "gelu",
+    "router_scope": "group",  # has the scores that auxiliary losses need
+}
 
 
 def case(kind: str, sizes: dict[str, int]) -> object:
@@ -70,11 +77,11 @@ def case(kind: str, sizes: dict[str, int]) -> object:
 
 @pytest.mark.parametrize(("kind", "sizes"), [case(*layout) for layout in LAYOUTS])
 def test_two_processes_equal_one_device(kind: str, sizes: dict[str, int], tmp_path: Path) -> None:
-    groups = 8 if kind == "foe" else 1
-    config = tiny_config(num_groups=groups, num_layers=2)
+    changes = {"num_groups": 8 if kind == "foe" else 1, "num_layers": 2} | (HEADS if kind == "hp" else {})
+    config = tiny_config(**changes)
     given, found = tmp_path / "given", tmp_path / "found"
     given.write_bytes(pickle.dumps(jax.device_get(jax.tree.leaves(nnx.state(tiny_model(config).transformer)))))
-    arguments = [str(given), str(found), kind, json.dumps(sizes), str(groups)]
+    arguments = [str(given), str(found), kind, json.dumps(sizes), json.dumps(changes)]
     for ended in run_processes(PROGRAM, arguments, 2, 4):
         assert ended.code == 0, ended.output
     compare(config, pickle.loads(found.read_bytes()))

@@ -14,11 +14,13 @@ import pytest
 
 from experiments.two_hosts import link, measure, report
 from experiments.two_hosts.__main__ import main
-from experiments.two_hosts.cases import CASES, PROGRAMS, QUICK, Case, Sizes, as_options, run_config
+from experiments.two_hosts.cases import CASES, PROGRAMS, QUICK, Case, Sizes, as_options, parameter_counts, run_config
 from experiments.two_hosts.worker import Worker
 from foejax.cli import report_errors
 from foejax.models.expert_parallel import buffer_sizes
 from foejax.training.run import make_layout
+
+TINY = Sizes(hidden_size=16, num_layers=1, expert_hidden_size=8, rows=8, length=8, sequences=16, context=4)
 
 # The link
 
@@ -106,12 +108,41 @@ def test_models_differ_in_the_groups_alone() -> None:
     assert foe.model_copy(update={"num_groups": 1}) == moe
 
 
-def test_a_worker_audits_and_runs_its_decoding_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sizes", [Sizes(), TINY], ids=["whole", "tiny"])
+def test_smaller_experts_pay_for_the_projections_of_heads(sizes: Sizes) -> None:
+    """Per layer, in parameters: total and active ones are the MoE's, but for the routers."""
+    moe, heads = (run_config(case, sizes).model for case in (Case("tp", group=8), Case("hp", group=8)))
+    moe_expert = 3 * moe.hidden_size * moe.expert_hidden_size
+    head_expert = 2 * heads.expert_width * heads.expert_hidden_size
+    projections = 2 * heads.hidden_size * heads.num_ffn_heads * heads.expert_width
+    assert heads.num_experts * head_expert + projections == moe.num_experts * moe_expert
+    assert heads.experts_per_token * head_expert + projections == moe.experts_per_token * moe_expert
+    counts = parameter_counts(sizes)
+    routers = moe.num_layers * (heads.expert_width * heads.num_experts - moe.hidden_size * moe.num_experts)
+    assert counts["Multi-Head LatentMoE"]["total"] == counts["MoE"]["total"] + routers
+    assert abs(routers) < 0.01 * counts["MoE"]["total"]
+
+
+def prepare(worker: Worker, program: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """In one process that plays both hosts."""
-    sizes = Sizes(hidden_size=16, num_layers=1, expert_hidden_size=8, rows=8, length=8, sequences=16, context=4)
-    worker = Worker(**as_options(Case("foe", group=8), sizes))
     monkeypatch.setattr(worker, "_host_of_device", lambda: ["host0"] * 4 + ["host1"] * 4)
-    prepared = worker.prepare("decode_step")
+    return worker.prepare(program)
+
+
+def test_head_parallel_sends_what_does_not_depend_on_the_routing(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(**as_options(Case("hp", group=8), TINY))
+    prepared = prepare(worker, "decode_step", monkeypatch)
+    (row,) = prepared["collectives"]
+    own = TINY.sequences // 8 * TINY.hidden_size * 4
+    assert (row["op"], row["count"], row["payload_bytes"]) == ("all-to-all", 2 * TINY.num_layers, own)
+    egress = measure.audited_egress(prepared["collectives"])
+    assert egress == dict.fromkeys(("host0", "host1"), 2 * TINY.num_layers * 4 * own / 2)
+    assert measure.those_that_ran(prepared["collectives"], egress)[1] == (egress["host0"], egress["host0"])
+
+
+def test_a_worker_audits_and_runs_its_decoding_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(**as_options(Case("foe", group=8), TINY))
+    prepared = prepare(worker, "decode_step", monkeypatch)
     merge = 2 * 7 / 8 * 16 * 16 * 4
     egress = measure.audited_egress(prepared["collectives"])
     assert egress == {"host0": 2 * merge, "host1": 2 * merge}
@@ -135,6 +166,7 @@ def run_of(name: str, seconds: float, sent: float, rate: float | None = 100.0) -
     return {
         "name": name,
         "kind": name.split()[0],
+        "mesh": dict(axis.split("=") for axis in name.split()[1:]),
         "program": "forward",
         "tokens": 2048,
         "rate_mbit": rate,
@@ -142,6 +174,7 @@ def run_of(name: str, seconds: float, sent: float, rate: float | None = 100.0) -
         "egress_bytes": {"host0": sent * 1.02, "host1": sent},
         "audited_egress_bytes": {"host0": sent, "host1": sent},
         "audited_bounds": [sent, sent],
+        "collectives": [{"op": "all-reduce", "count": 2, "arrays": 3}, {"op": "all-to-all", "count": 2, "arrays": 8}],
     }
 
 
@@ -155,11 +188,16 @@ RUNS = [
     run_of("fsdp data=8", 0.1, 0.0),
     run_of("fsdp data=8", 0.1, 0.0, None),
 ]
+HEAD_RUNS = [
+    run_of("hp group=8", 0.7, 1e6),
+    run_of("hp group=8", 0.5, 1e6, None),
+    run_of("hp data=2 group=4", 0.1, 0.0),
+]
 
 
 def test_a_faster_moe_that_sends_more_is_named() -> None:
     pairs = report.decided_by_the_link(RUNS)
-    assert [(pair.foe["name"], pair.moe["name"], pair.moe["rate_mbit"]) for pair in pairs] == [
+    assert [(pair.foe["name"], pair.other["name"], pair.other["rate_mbit"]) for pair in pairs] == [
         ("foe group=8", "ep expert=8", 100.0),
         ("foe group=8", "tp group=8", 100.0),
     ]
@@ -168,6 +206,16 @@ def test_a_faster_moe_that_sends_more_is_named() -> None:
     assert "- 2 such pairs, FoE's step shorter in 1" in lines
     assert "- foe group=8: 2 pairs, shorter in 1; in 0 of them it sends nothing itself" in lines
     assert "- violated: foe group=8, forward pass, 100 Mbit/s takes 1.000 s and ep expert=8 0.900 s" in lines
+
+
+def test_head_parallel_is_no_moe_layout_and_has_sentences_of_its_own() -> None:
+    runs = [*RUNS, *HEAD_RUNS, *(run | {"name": "hp group=8", "kind": "hp", "seconds": 9.0} for run in RUNS[2:4])]
+    assert report._check_section(runs) == report._check_section(RUNS)
+    assert report.against_heads([*RUNS, *HEAD_RUNS]) == [
+        "Forward pass, foe group=8 sends 5.00 MB and hp group=8 1.00 MB: FoE's step is the shorter one: unlimited "
+        "(2.50); Head Parallel's step is the shorter one: 100 Mbit/s (0.70)."
+    ]
+    assert report.against_heads(RUNS) == []
 
 
 def test_steps_that_do_not_wait_for_the_link_say_nothing() -> None:
@@ -181,8 +229,10 @@ def test_the_report_shows_times_and_bytes(tmp_path: Path) -> None:
         "command": "python -m experiments.two_hosts --out here",
         "environment": {"cpu": "a CPU", "cores": 2, "python": "3.12", "jax": "0.11", "mtu": 9000},
         "model": Sizes().model(),
+        "head_model": Sizes().head_model(),
+        "parameters": {"MoE": {"total": 2000, "active": 300}, "Multi-Head LatentMoE": {"total": 2001, "active": 301}},
         "sizes": {"rows": 16, "length": 128, "sequences": 1024, "context": 32},
-        "runs": [*RUNS, strayed],
+        "runs": [*RUNS, strayed, *HEAD_RUNS],
     }
     (tmp_path / "two_hosts.json").write_text(json.dumps(results), encoding="utf-8")
     assert main(["--out", str(tmp_path), "--render"]) == 0
@@ -190,7 +240,11 @@ def test_the_report_shows_times_and_bytes(tmp_path: Path) -> None:
     assert "| ep expert=8 | 0.900 (0.90) | 0.300 (1.50) |" in text
     assert "| foe group=8 | forward pass | 5.000 | 5.100 | +2.0% to +2.0% |" in text
     assert "| fsdp data=8 | forward pass | 0.000 | 0.000 |  |" in text
-    assert "Further than 5% from the audit: tp group=8, forward pass, 200 Mbit/s (+20.0%)." in text
+    assert "audit: tp group=8, forward pass, 200 Mbit/s (+20.0%, 200 kB at 2 exchanges and 6 reduced arrays)." in text
+    assert "| hp group=8 | 0.700 (0.70) | 0.500 (2.50) |" in text
+    assert "8 heads with a sub-token of 16 and 68 experts each, 5 per sub-token, two matrices of width 32" in text
+    assert "Parameters (active for a token): MoE 2,000 (300), Multi-Head LatentMoE 2,001 (301)" in text
+    assert "- Forward pass, foe group=8 sends 5.00 MB and hp group=8 1.00 MB: FoE's" in text
     assert all(limit in text for limit in report.LIMITS)
     assert (tmp_path / "forward.png").stat().st_size > 10_000
 

@@ -14,6 +14,8 @@ from foejax.serving.load.report import table
 
 WANTED_ERROR = 0.15
 """Median size of the relative error on rates that nothing was fitted to."""
+LEFT_OUT = "hp"
+"""Layouts that nothing is fitted to: their experts are matmuls of another size than all others'."""
 _UNITS = {
     "flops": (1e9, "ns per FLOP of a device's program"),
     "step": (1e3, "ms a step"),
@@ -29,12 +31,14 @@ class Calibrated:
     Attributes:
       rates: in Mbit/s, those fitted to.
       fitted, tried: measurements at these rates, and at all others.
+      left_out: those of LEFT_OUT, at all rates.
     """
 
     calibration: Calibration
     rates: tuple[float, ...]
     fitted: list[Measurement]
     tried: list[Measurement]
+    left_out: list[Measurement]
 
     @property
     def error(self) -> float:
@@ -56,9 +60,12 @@ class Calibrated:
                 "predicted": self.calibration.predict(measurement),
                 "fitted": measurement in self.fitted,
             }
-            for measurement in (*self.fitted, *self.tried)
+            for measurement in (*self.fitted, *self.tried, *self.left_out)
         ]
-        return {"rates_mbit": self.rates, "weights": self.calibration.weights, "median_error": self.error, "runs": runs}
+        found = {"rates_mbit": self.rates, "weights": self.calibration.weights, "median_error": self.error}
+        if self.left_out:
+            found["median_error_left_out"] = median_error(self.calibration, self.left_out)
+        return found | {"runs": runs}
 
     def section(self) -> str:
         """Weights, errors by rate, by program, and the worst runs."""
@@ -84,20 +91,35 @@ class Calibrated:
                 "wire's rate.",
                 _errors_table(self),
                 f"Furthest off, at rates not fitted to: {named}.",
+                *self._left_out_lines(),
                 "![Predicted over measured](communication_calibration.png)",
             ]
         )
 
+    def _left_out_lines(self) -> list[str]:
+        if not self.left_out:
+            return []
+        names = ", ".join(f"`{name}`" for name in dict.fromkeys(run.name for run in self.left_out))
+        worst = max(self.left_out, key=lambda run: abs(self.calibration.error(run)))
+        furthest = f"{worst.name}, {worst.program}, {_rate(worst.rate)}: {self.calibration.error(worst):+.0%}"
+        return [
+            f"Left out of the fit, of the table and of the plot: {names}, whose model has experts of another size. The "
+            f"same weights predict their {len(self.left_out)} step times with a median error of "
+            f"{median_error(self.calibration, self.left_out):.1%} (furthest off: {furthest})."
+        ]
+
 
 def calibrate(path: Path, rates: Sequence[float]) -> Calibrated:
-    """Fit to the runs at some rates (Mbit/s); the others are for trying.
+    """Fit to the runs at some rates (Mbit/s), those of LEFT_OUT excepted; the others are for trying.
 
     Raises:
       ValueError: no such file of runs, or too few runs at these rates.
     """
-    found = read_measurements(path)
+    everything = read_measurements(path)
+    left_out = [run for run in everything if run.name.split()[0] == LEFT_OUT]
+    found = [run for run in everything if run not in left_out]
     fitted = at_rates(found, rates)
-    return Calibrated(fit(fitted), tuple(rates), fitted, [run for run in found if run not in fitted])
+    return Calibrated(fit(fitted), tuple(rates), fitted, [run for run in found if run not in fitted], left_out)
 
 
 def _errors_table(calibrated: Calibrated) -> str:

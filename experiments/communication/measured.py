@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.two_hosts.cases import Architecture, architecture
 from experiments.two_hosts.report import TITLES, audited_bytes, decided_by_the_link, rate_text
 from foejax.serving.load.report import table
 
@@ -53,33 +54,35 @@ Finding = tuple[str, bool]
 def measured_findings(runs: Sequence[Run]) -> list[Finding]:
     """Who was faster where."""
     pairs = decided_by_the_link(runs)
-    won = [pair for pair in pairs if pair.foe["seconds"] < pair.moe["seconds"]]
+    won = [pair for pair in pairs if pair.foe["seconds"] < pair.other["seconds"]]
     text = (
         "Where the wire takes more than half of a step and an MoE layout sends more bytes than FoE, FoE's step is the "
         f"shorter one in {len(won)} of {len(pairs)} comparisons."
     )
     lines = [(text, len(won) == len(pairs))]
-    for program, title in TITLES.items():
-        lines += _program_findings([run for run in runs if run["program"] == program], title)
+    others: tuple[Architecture, ...] = ("MoE", "Multi-Head LatentMoE")
+    for other in others:
+        for program, title in TITLES.items():
+            lines += _program_findings([run for run in runs if run["program"] == program], title, other)
     return lines
 
 
-def _program_findings(runs: Sequence[Run], title: str) -> list[Finding]:
-    """At the slowest rate: the fastest FoE and the fastest MoE layout, and their bytes."""
+def _program_findings(runs: Sequence[Run], title: str, other: Architecture) -> list[Finding]:
+    """At the slowest rate: the fastest FoE layout and the fastest of another architecture, and their bytes."""
     limited = [run["rate_mbit"] for run in runs if run["rate_mbit"] is not None]
     if not limited:
         return []
     slowest = [run for run in runs if run["rate_mbit"] == min(limited)]
-    foe, moe = (
-        min((run for run in slowest if (run["kind"] == "foe") == is_foe), key=lambda run: run["seconds"], default=None)
-        for is_foe in (True, False)
+    foe, best = (
+        min((run for run in slowest if architecture(run["kind"]) == of), key=lambda run: run["seconds"], default=None)
+        for of in ("FoE", other)
     )
-    if foe is None or moe is None:
+    if foe is None or best is None:
         return []
-    ratio = moe["seconds"] / foe["seconds"]
-    sent = f"{audited_bytes(moe) / 1e6:.2f} MB against {audited_bytes(foe) / 1e6:.2f} MB"
+    ratio = best["seconds"] / foe["seconds"]
+    sent = f"{audited_bytes(best) / 1e6:.2f} MB against {audited_bytes(foe) / 1e6:.2f} MB"
     text = (
-        f"{title} at {rate_text(min(limited))}: the best MoE layout, {moe['name']}, takes {ratio:.2f} times as long as "
-        f"the best FoE layout, {foe['name']} ({sent} between the hosts)."
+        f"{title} at {rate_text(min(limited))}: the best {other} layout, {best['name']}, takes {ratio:.2f} times as "
+        f"long as the best FoE layout, {foe['name']} ({sent} between the hosts)."
     )
     return [(text, ratio >= 1)]

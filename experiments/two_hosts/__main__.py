@@ -1,8 +1,8 @@
-"""FoE and the MoE layouts on two hosts with a slow link between them: time and bytes of a step at several rates.
+"""FoE, MoE and Multi-Head LatentMoE on two hosts with a slow link between them: time and bytes of a step by rate.
 
 Usage:
-    python -m experiments.two_hosts --out FOLDER                # needs root, ip and tc; 10 minutes on two cores
-    python -m experiments.two_hosts --out FOLDER --quick        # the same code in two minutes; its times are noise
+    python -m experiments.two_hosts --out FOLDER                # needs root, ip and tc; 15 minutes on two cores
+    python -m experiments.two_hosts --out FOLDER --quick        # the same code in a few minutes; its times are noise
     python -m experiments.two_hosts --out FOLDER --render       # tables and plots anew from FOLDER/two_hosts.json
 
 The hosts are two network namespaces of this machine, joined by a veth whose rate `tc` limits, with a process of four
@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that goes into the JSON file, which is written after every case."""
+    from experiments.two_hosts.cases import parameter_counts
     from experiments.two_hosts.measure import measure_case
 
     sizes, rates = (QUICK, QUICK_RATES) if options.quick else (Sizes(), RATES)
@@ -59,6 +60,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         "environment": environment(),
         "command": _command(options),
         "model": sizes.model(),
+        "head_model": sizes.head_model(),
+        "parameters": parameter_counts(sizes),
         "sizes": asdict(sizes),
         "runs": [],
     }

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
+from foejax.analysis.accounting import account
 from foejax.config import RunConfig, parse_config
-from sharding.mesh import LayoutKind
+from sharding import Layout
+from sharding.mesh import LayoutKind, MeshSizes
 
 DEVICES_PER_HOST = 4
 PROGRAMS = ("forward", "train_step", "decode_step")
+HEADS = 8
+"""Groups of the FoE, heads of the Multi-Head LatentMoE."""
+
+Architecture = Literal["FoE", "MoE", "Multi-Head LatentMoE"]
+
+
+def architecture(kind: str) -> Architecture:
+    """The model that a layout takes."""
+    return "FoE" if kind == "foe" else "Multi-Head LatentMoE" if kind == "hp" else "MoE"
 
 
 @dataclass(frozen=True)
@@ -17,7 +28,7 @@ class Case:
     """A layout of the eight devices; the first four are host0's.
 
     Attributes:
-      kind: the layout; `foe` takes the FoE model, the others the MoE of its size.
+      kind: the layout, and with it the model; see `architecture`.
       data, group, expert: devices along each mesh axis.
     """
 
@@ -46,6 +57,8 @@ CASES = (
     Case("tp", group=8),
     Case("tp_ep", group=8),
     Case("fsdp", data=8),
+    Case("hp", group=8),
+    Case("hp", data=2, group=4),
 )
 
 
@@ -74,7 +87,7 @@ class Sizes:
         return self.sequences if program == "decode_step" else self.rows * self.length
 
     def model(self) -> dict[str, Any]:
-        """The `model` section of the MoE's config; the FoE's has eight groups."""
+        """The `model` section of the MoE's config; the FoE's has HEADS groups."""
         return {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -90,6 +103,25 @@ class Sizes:
             "dtype": "float32",
         }
 
+    def head_model(self) -> dict[str, Any]:
+        """The same of the Multi-Head LatentMoE, with the MoE's parameters in a layer, total and active.
+
+        The two projections have 2 D^2 of them; the experts, two matrices each and not three, have as many fewer. They
+        come out even with 5 experts per sub-token, and the routers alone differ.
+        """
+        moe, per_sub_token = self.model(), 5
+        projections = 2 * self.hidden_size  # like all that follows, in parameters over D
+        active, total = (3 * self.expert_hidden_size * moe[name] for name in ("experts_per_token", "num_experts"))
+        width = (active - projections) // (2 * per_sub_token)
+        return moe | {
+            "num_ffn_heads": HEADS,
+            "num_experts": HEADS * ((total - projections) // (2 * width)),
+            "experts_per_token": HEADS * per_sub_token,
+            "expert_hidden_size": width,
+            "expert_activation": "gelu",
+            "router_score": "topk_softmax",
+        }
+
 
 QUICK = Sizes(num_layers=1, rows=8)
 """Shows that it works."""
@@ -101,18 +133,35 @@ def run_config(case: Case, sizes: Sizes) -> RunConfig:
     Raises:
       ConfigError: sizes that do not fit the layout.
     """
+    models: dict[Architecture, dict[str, Any]] = {
+        "FoE": sizes.model() | {"num_groups": HEADS},
+        "MoE": sizes.model(),
+        "Multi-Head LatentMoE": sizes.head_model(),
+    }
+    # Routers that keep the chosen scores alone have none for auxiliary losses.
+    losses = {"load_balance_coef": 0.0, "z_loss_coef": 0.0} if case.kind == "hp" else {}
     return parse_config(
         {
-            "model": sizes.model() | {"num_groups": 8 if case.kind == "foe" else 1},
+            "model": models[architecture(case.kind)],
             "mesh": {"layout": case.kind} | case.mesh,
             "data": {
                 "sequence_length": sizes.length,
                 "batch_size": sizes.rows,
                 "tokenizer_vocab_size": sizes.vocab_size,
             },
-            "training": {"num_steps": 1000, "warmup_steps": 10, "decay_start_step": 500},
+            "training": {"num_steps": 1000, "warmup_steps": 10, "decay_start_step": 500} | losses,
         }
     )
+
+
+def parameter_counts(sizes: Sizes) -> dict[Architecture, dict[str, int]]:
+    """Parameters of each model: all, and those that take part in one token."""
+    counts: dict[Architecture, dict[str, int]] = {}
+    for case in CASES:
+        if architecture(case.kind) not in counts:
+            counted = account(run_config(case, sizes), Layout.abstract(case.kind, MeshSizes(1, 1, 1)))
+            counts[architecture(case.kind)] = {"total": counted.parameters, "active": counted.active_parameters}
+    return counts
 
 
 def as_options(case: Case, sizes: Sizes) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from experiments.two_hosts.cases import Architecture, architecture
+
 Run = Mapping[str, Any]
 
 TITLES = {"forward": "Forward pass", "train_step": "Training step", "decode_step": "Decoding step"}
@@ -23,7 +25,8 @@ LIMITS = (
     "The link has a rate and no delay of its own.",
     "Eight simulated devices share the machine's cores, so that what a step computes takes longer than its share.",
 )
-_MARKERS = "os^DvPX*"
+_MARKERS = "os^DvPX*hd"
+_LINES: dict[Architecture, str] = {"FoE": "-", "MoE": "--", "Multi-Head LatentMoE": ":"}
 
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
@@ -36,7 +39,7 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Tables of time and bytes, and the two checks."""
+    """Tables of time and bytes, the two checks, and FoE against Head Parallel."""
     runs, environment, sizes = results["runs"], results["environment"], results["sizes"]
     lines = [
         "# Two hosts and a slow link",
@@ -49,6 +52,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{sizes['length']} tokens; decoding step: {sizes['sequences']} sequences, each with {sizes['context']} tokens "
         "of context. Seconds are medians; in brackets how many times those of the first FoE layout.",
         "",
+        *_head_model_lines(results),
         *(f"- {limit}" for limit in LIMITS),
     ]
     for program, title in TITLES.items():
@@ -56,6 +60,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines += ["", f"## {title}", "", *_times_table(own)] if own else []
     lines += ["", "## Bytes on the link", "", *_bytes_section(runs)]
     lines += ["", "## Where the link decides", "", *_check_section(runs)]
+    sentences = against_heads(runs)
+    if sentences:
+        lines += ["", "## FoE and Head Parallel", "", "In brackets Head Parallel's seconds over FoE's.", ""]
+        lines += [f"- {sentence}" for sentence in sentences]
     return "\n".join(lines) + "\n"
 
 
@@ -65,6 +73,23 @@ def _model_line(model: Mapping[str, Any]) -> str:
         f"{model['expert_hidden_size']}, {model['experts_per_token']} per token, vocabulary {model['vocab_size']}, "
         "float32; FoE with 8 groups"
     )
+
+
+def _head_model_lines(results: Mapping[str, Any]) -> list[str]:
+    """What the layouts `hp` run, where there are any: another model, matched with the MoE."""
+    if not any(run["kind"] == "hp" for run in results["runs"]):
+        return []
+    model, parameters = results["head_model"], results["parameters"]
+    heads = model["num_ffn_heads"]
+    counted = [f"{name} {counts['total']:,} ({counts['active']:,})" for name, counts in parameters.items()]
+    return [
+        f"`hp` is Head Parallel of a Multi-Head LatentMoE: {heads} heads with a sub-token of "
+        f"{model['hidden_size'] // heads} and {model['num_experts'] // heads} experts each, "
+        f"{model['experts_per_token'] // heads} per sub-token, two matrices of width {model['expert_hidden_size']} "
+        "with a GELU between them. Its experts are smaller by the parameters of its two projections. Parameters "
+        f"(active for a token): {', '.join(counted)}. It trains without auxiliary losses, the others with theirs.",
+        "",
+    ]
 
 
 def _times_table(runs: Sequence[Run]) -> list[str]:
@@ -86,7 +111,9 @@ def _bytes_section(runs: Sequence[Run]) -> list[str]:
     lines = [
         "Sent by one host to the other in a step, the larger of the two. Counted: on the interface, headers and "
         "acknowledgements included, over all rates. Where the audit has two figures, exchanges of tokens choose "
-        "between two buffer sizes, and what is counted should lie between them.",
+        "between two buffer sizes, and what is counted should lie between them. Gloo adds some kB of its own to every "
+        "exchange, and to every array that is reduced, also where the compiler has put many into one all-reduce: they "
+        "weigh where a step sends little.",
         "",
         "| layout | program | audited, MB | counted, MB | counted over audited |",
         "| --- | --- | ---: | ---: | ---: |",
@@ -112,15 +139,15 @@ def _span(values: Sequence[float], unit: float, digits: int) -> str:
 
 def _check_section(runs: Sequence[Run]) -> list[str]:
     pairs = decided_by_the_link(runs)
-    lost = [pair for pair in pairs if pair.foe["seconds"] >= pair.moe["seconds"]]
+    lost = [pair for pair in pairs if pair.foe["seconds"] >= pair.other["seconds"]]
     lines = [
         "Wire time is a step's time at a rate less its time without a limit. Wherever it is more than half of FoE's "
         "step, or of the MoE's, FoE's step should be shorter than that of every MoE layout that sends more bytes.",
         "",
         *(f"- {line}" for line in _count_by_layout(pairs, lost)),
         *(
-            f"- violated: {_run_name(pair.foe)} takes {pair.foe['seconds']:.3f} s and {pair.moe['name']} "
-            f"{pair.moe['seconds']:.3f} s"
+            f"- violated: {_run_name(pair.foe)} takes {pair.foe['seconds']:.3f} s and {pair.other['name']} "
+            f"{pair.other['seconds']:.3f} s"
             for pair in lost
         ),
     ]
@@ -144,10 +171,10 @@ def _count_by_layout(pairs: Sequence[Pair], lost: Sequence[Pair]) -> list[str]:
 
 
 class Pair(NamedTuple):
-    """An FoE and an MoE run of one program at one rate."""
+    """A run of FoE and one of another architecture, of one program at one rate."""
 
     foe: Run
-    moe: Run
+    other: Run
 
 
 def decided_by_the_link(runs: Sequence[Run]) -> list[Pair]:
@@ -158,32 +185,59 @@ def decided_by_the_link(runs: Sequence[Run]) -> list[Pair]:
         unlimited = free.get((run["name"], run["program"]))
         return unlimited is not None and run["seconds"] - unlimited > run["seconds"] / 2
 
-    return [pair for pair in _pairs(runs) if _sends_more(pair) and (waits(pair.foe) or waits(pair.moe))]
+    return [pair for pair in _pairs(runs, "MoE") if _sends_more(pair) and (waits(pair.foe) or waits(pair.other))]
 
 
 def no_more_bytes_than_foe(runs: Sequence[Run]) -> list[str]:
     """For each FoE layout and program, the MoE layouts that do not send more, in words."""
     found: dict[str, list[str]] = {}
-    for pair in _pairs(runs):
+    for pair in _pairs(runs, "MoE"):
         if not _sends_more(pair):
             names = found.setdefault(f"{TITLES[pair.foe['program']].lower()}, {pair.foe['name']}", [])
-            names += [] if pair.moe["name"] in names else [pair.moe["name"]]
+            names += [] if pair.other["name"] in names else [pair.other["name"]]
     return [f"{foe}: {', '.join(names)}" for foe, names in found.items()]
 
 
-def _pairs(runs: Sequence[Run]) -> list[Pair]:
+def _pairs(runs: Sequence[Run], of: Architecture) -> list[Pair]:
     return [
-        Pair(foe, moe)
+        Pair(foe, other)
         for foe in runs
-        for moe in runs
-        if foe["kind"] == "foe"
-        and moe["kind"] != "foe"
-        and (foe["program"], foe["rate_mbit"]) == (moe["program"], moe["rate_mbit"])
+        for other in runs
+        if architecture(foe["kind"]) == "FoE"
+        and architecture(other["kind"]) == of
+        and (foe["program"], foe["rate_mbit"]) == (other["program"], other["rate_mbit"])
     ]
 
 
 def _sends_more(pair: Pair) -> bool:
-    return audited_bytes(pair.moe) > audited_bytes(pair.foe)
+    return audited_bytes(pair.other) > audited_bytes(pair.foe)
+
+
+def against_heads(runs: Sequence[Run]) -> list[str]:
+    """For each arrangement of the devices that both have and each program, at which rates whose step is shorter."""
+    found: dict[tuple[str, str], list[Pair]] = {}
+    for pair in _pairs(runs, "Multi-Head LatentMoE"):
+        if pair.foe["mesh"] == pair.other["mesh"]:
+            found.setdefault((pair.foe["name"], pair.foe["program"]), []).append(pair)
+    return [_verdict(pairs) for pairs in found.values()]
+
+
+def _verdict(pairs: Sequence[Pair]) -> str:
+    """Of pairs that differ in the rate alone."""
+    foe, heads = pairs[0]
+    parts = []
+    for who, foe_wins in (("FoE", True), ("Head Parallel", False)):
+        own = [pair for pair in pairs if (pair.foe["seconds"] < pair.other["seconds"]) == foe_wins]
+        rates = [f"{rate_text(pair.foe['rate_mbit'])} ({_ratio(pair):.2f})" for pair in own]
+        parts += [f"{who}'s step is the shorter one: {', '.join(rates)}"] if own else []
+    return (
+        f"{TITLES[foe['program']]}, {foe['name']} sends {audited_bytes(foe) / 1e6:.2f} MB and {heads['name']} "
+        f"{audited_bytes(heads) / 1e6:.2f} MB: {'; '.join(parts)}."
+    )
+
+
+def _ratio(pair: Pair) -> float:
+    return pair.other["seconds"] / pair.foe["seconds"]
 
 
 def audited_bytes(run: Run) -> float:
@@ -208,7 +262,15 @@ def bytes_excess(run: Run) -> float | None:
 
 
 def _named(runs: Sequence[Run]) -> str:
-    return ", ".join(f"{_run_name(run)} ({bytes_excess(run):+.1%})" for run in runs) or "none"
+    return ", ".join(f"{_run_name(run)} ({bytes_excess(run):+.1%}, {_excess_text(run)})" for run in runs) or "none"
+
+
+def _excess_text(run: Run) -> str:
+    """What is counted beyond the audit, how many arrays the step reduces and how many collectives else it has."""
+    reduced = sum(row["count"] * row["arrays"] for row in run["collectives"] if row["op"] == "all-reduce")
+    others = sum(row["count"] for row in run["collectives"] if row["op"] != "all-reduce")
+    excess = (counted_bytes(run) - audited_bytes(run)) / 1e3
+    return f"{excess:.0f} kB at {others:g} exchanges and {reduced:g} reduced arrays"
 
 
 def _run_name(run: Run) -> str:
@@ -242,7 +304,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     free_at = 4 * max(limited, default=250.0)
     for index, (name, own) in enumerate(_by_name(runs).items()):
         at = [free_at if run["rate_mbit"] is None else run["rate_mbit"] for run in own]
-        line = "-" if own[0]["kind"] == "foe" else "--"
+        line = _LINES[architecture(own[0]["kind"])]
         axes.plot(at, [run["seconds"] for run in own], f"{_MARKERS[index % len(_MARKERS)]}{line}", label=name)
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -1,6 +1,6 @@
 """One of the two processes: four simulated devices that compile a case's programs and run them on command.
 
-Started by `experiments.two_hosts.pair` with FOEJAX_COORDINATOR, FOEJAX_NUM_PROCESSES and FOEJAX_PROCESS_ID set.
+Started by `experiments.two_hosts.measure` with FOEJAX_COORDINATOR, FOEJAX_NUM_PROCESSES and FOEJAX_PROCESS_ID set.
 """
 
 from __future__ import annotations
@@ -153,6 +153,8 @@ def _batch(config: RunConfig, layout: Layout, names: tuple[str, ...]) -> Batch:
 def _row(collective: Collective, layout: Layout, host_of_device: list[str]) -> dict[str, Any]:
     """What one collective sends; with `branch` where it is one of the sizes that an exchange of tokens may take.
 
+    `payload_bytes` and `egress_bytes` are those of all its `arrays`, which the compiler may have put together.
+
     Raises:
       ValueError: how often it runs is decided while it runs, or it does not travel in the dtype that was written.
     """
@@ -165,6 +167,7 @@ def _row(collective: Collective, layout: Layout, host_of_device: list[str]) -> d
         "axes": list(collective.axes),
         "group_size": collective.group_size,
         "count": collective.count,
+        "arrays": len(collective.shapes),
         "payload_bytes": collective.payload_bytes,
         "dtype": collective.dtype,
         "egress_bytes": host_egress_bytes(collective, layout.mesh, host_of_device),
