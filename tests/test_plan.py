@@ -91,6 +91,7 @@ def test_what_has_no_meaning_for_heads_is_refused_or_left_out() -> None:
 def test_a_plan_of_heads_has_their_layouts_alone() -> None:
     plan = make_plan(heads_config(), ONE_HOST, Workload(requests=1, interarrival=(1.0,)))
     text = format_plan(plan)
+    assert "hp and data: 8 heads, each with 8 of 64 experts a token. ep: the MoE" in text
     assert "sub-tokens to their heads | all-to-all over group of 8" in text
     assert "| tokens | ep expert=8, a copy per expert | hp group=8 | data data=8 | ep / hp |" in text
     assert "MoE / FoE" not in text and "merge of the groups" not in text

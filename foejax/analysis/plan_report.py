@@ -30,6 +30,13 @@ def _assumptions(plan: Plan) -> str:
         f"{cluster.all_reduce}; overlap of compute and communication {cluster.overlap:g}; the fullest device of "
         f"layouts that share experts has {plan.workload.imbalance:g} times the mean.",
     ]
+    model = plan.config.model
+    if model.num_ffn_heads and any(steps.candidate.layout.kind == "ep" for steps in plan.steps):
+        lines.append(
+            f"hp and data: {model.num_ffn_heads} heads, each with {model.experts_per_stack} of "
+            f"{model.num_experts // model.num_ffn_heads} experts a token. ep: the MoE with the experts and choices of "
+            "one head, which read whole tokens and weigh as much as those of all heads."
+        )
     lines += [f"Left out: {kind}: {reason}" for kind, reason in plan.left_out.items()]
     return "\n".join(lines)
 
