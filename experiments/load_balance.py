@@ -59,6 +59,7 @@ def measure(run: Path, batches: int) -> Iterator[dict[str, Any]]:
             "run": run.name,
             "step": loaded.step,
             "groups": model.num_groups,
+            "heads": model.num_ffn_heads,
             "experts": model.num_experts,
             "experts_per_token": model.experts_per_token,
             "layers": model.num_layers,
@@ -71,11 +72,11 @@ def measure(run: Path, batches: int) -> Iterator[dict[str, Any]]:
 
 
 def layouts_of(model: ModelConfig) -> list[tuple[LayoutKind, MeshSizes]]:
-    """Those over DEVICES devices that fit the model, and FoE's groups on two devices each."""
-    groups, experts = model.num_groups, model.num_experts // model.num_groups
-    if groups > 1:
+    """Those over DEVICES devices that fit the model, and FoE's groups, or heads of experts, on two devices each."""
+    groups, experts = model.num_stacks, model.num_experts // model.num_stacks
+    if model.num_ffn_heads or groups > 1:
         spread = [MeshSizes(1, groups, size) for size in (1, 2) if experts % size == 0]
-        return [("foe", sizes) for sizes in spread]
+        return [("hp" if model.num_ffn_heads else "foe", sizes) for sizes in spread]
     found: list[tuple[LayoutKind, MeshSizes]] = [("ep", MeshSizes(1, 1, DEVICES)), ("tp_ep", MeshSizes(1, DEVICES, 1))]
     return found if experts % DEVICES == 0 else []
 
@@ -112,7 +113,8 @@ def write_report(out: Path, rows: Sequence[dict[str, Any]], command: str) -> Non
         "runs named, not the paper's.\n\n"
         f"{table(header, body)}\n\n"
         "FoE's groups see every token and each takes its own k / H experts of it: 1.00 between groups is how it is "
-        "built, not a finding. Devices inside a group, and experts inside a device, are as uneven as routing is.\n"
+        "built, not a finding. So it is between heads of experts (hp), whose local activation rate is what the mesh "
+        "makes it. Devices inside a group or head, and experts inside a device, are as uneven as routing is.\n"
     )
     (out / "load_balance.md").write_text(text, encoding="utf-8")
 

@@ -2,7 +2,7 @@
 
 Every figure is what ONE device holds and sends. The paper adds up its two sides differently: `docs/communication.md`
 works through that difference. N = tokens on one device before the exchange, D = width, L = layers, E = experts,
-k = experts per token, n = devices on the mesh axis.
+k = experts per token, n = devices on the mesh axis, H heads of experts (Multi-Head LatentMoE), K = size of a sub-token.
 """
 
 from __future__ import annotations
@@ -167,6 +167,23 @@ def moe_tp_ep_forward(
     )
 
 
+def hp_forward(
+    num_layers: int, num_tokens: int, latent_width: int, axis_size: int, *, axis: str = "group", itemsize: int = 2
+) -> list[dict[str, Any]]:
+    """Token-sized collectives of one forward pass with Head Parallel (arXiv 2602.04870): sub-tokens to the devices of
+    their heads and back, in every layer; 2 H K (n-1)/n elements per token.
+
+    Neither the routing nor the number of chosen experts is in it. The backward pass sends as much again.
+
+    Args:
+      num_tokens: tokens N that live on each device before the exchange (each device has its own).
+      latent_width: H K, all sub-tokens of a token; usually D.
+    """
+    elements = num_tokens * latent_width
+    what = "sub-tokens to their heads and back"
+    return [_row(what, "all-to-all", axis, 2 * num_layers, "N H K", elements, axis_size, itemsize)]
+
+
 def communication_table(
     *,
     num_layers: int,
@@ -176,13 +193,18 @@ def communication_table(
     num_groups: int,
     num_experts: int,
     experts_per_token: int,
+    latent_width: int = 0,
     itemsize: int = 2,
 ) -> list[dict[str, Any]]:
     """All layouts for the same work, one forward pass of `num_devices * tokens_per_device` tokens on `num_devices`.
 
-    FoE and tensor parallelism process all of the tokens on every device, expert parallelism its own share of them:
-    that factor decides the comparison. Groups beyond the device count share devices; devices beyond the group count
-    replicate the FoE layout over `data`, and each replica then sees fewer tokens.
+    FoE and tensor parallelism process all of the tokens on every device, expert and head parallelism their own share
+    of them: that factor decides the comparison. Groups beyond the device count share devices; devices beyond the group
+    count replicate the FoE layout over `data`, and each replica then sees fewer tokens.
+
+    Args:
+      latent_width: H K of a Multi-Head LatentMoE whose heads are at least as many as the devices; 0 is the width,
+        with which E experts and k choices in each head weigh and compute what the MoE's do.
 
     Returns:
       Rows with the keys layout, what, op, axes, count, formula, payload_elements, wire_elements, payload_bytes,
@@ -225,6 +247,7 @@ def communication_table(
             experts_per_token=experts_per_token,
             itemsize=itemsize,
         ),
+        "mhlmoe hp": hp_forward(num_layers, tokens_per_device, latent_width or width, num_devices, itemsize=itemsize),
     }
     return [{"layout": layout, **row} for layout, rows in layouts.items() for row in rows]
 

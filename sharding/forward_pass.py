@@ -4,7 +4,8 @@
 padding included. Parameters are whole on every data shard, as in evaluation and serving. Figures are of one device.
 
 Shape letters: L layers, N tokens on one device, D width, n devices on the axis, S groups on one device, k choices per
-token and group, C and Q slots per pair of devices (see `exchange_rows`), V vocabulary.
+token and group, C and Q slots per pair of devices (see `exchange_rows`), V vocabulary, H heads of experts, K size of a
+sub-token.
 """
 
 from __future__ import annotations
@@ -76,6 +77,23 @@ def tp_ep_rows(sizes: Sizes, devices: int, *, last_tokens: int = 0) -> Rows:
         _head_squares(sizes, devices),
     ]
     return rows + ([_row("last tokens", "all-reduce", "group", devices, 1, "N D", last, sizes.dtype)] if last else [])
+
+
+def hp_rows(sizes: Sizes, devices: int, *, latent_width: int, masked: bool) -> Rows:
+    """Heads of experts over `group`: sub-tokens are exchanged before they are routed, and their outputs come back.
+
+    Nothing here depends on the routing or on the number of chosen experts: every device sends every other the same.
+
+    Args:
+      latent_width: H K, all sub-tokens of a token.
+      masked: whether devices tell each other which of their tokens are padding, as where that is not known beforehand.
+    """
+    elements, layers = sizes.tokens * latent_width, sizes.layers
+    rows = [
+        _row("sub-tokens to their heads", "all-to-all", "group", devices, layers, "N H K", elements, sizes.dtype),
+        _row("outputs of the heads", "all-to-all", "group", devices, layers, "N H K", elements, sizes.dtype),
+    ]
+    return rows + ([_row("active tokens", "all-gather", "group", devices, 1, "N", sizes.tokens, "pred")] * masked)
 
 
 def _head_squares(sizes: Sizes, devices: int) -> dict[str, Any]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 
 from foejax.analysis.accounting import account, activation_bytes, flops_per_token
-from foejax.config import RunConfig, load_config, override_config
+from foejax.config import MeshConfig, RunConfig, load_config, override_config
 from foejax.training.run import make_layout
 from sharding import Layout
+from sharding.mesh import MeshSizes
+from tests.tiny import with_heads
 
+HEADS = 8
 SIZES = ("tiny", "1b", "7b")
 
 
@@ -102,3 +105,50 @@ def test_remat_and_fewer_streams_keep_less() -> None:
     logits = 2 * 2048 * 50304 * 4
     # Full remat keeps H + 2 arrays of the residual's size a layer: 10 for FoE with 8 groups, 3 for the MoE.
     assert (kept("foe_1b", "full") - logits) / (kept("moe_1b", "full") - logits) == pytest.approx(10 / 3)
+
+
+def heads_config(**training: object) -> RunConfig:
+    """moe_1b with as many experts and choices in each of eight heads."""
+    config = load_config("moe_1b", {"training.load_balance_coef": 0.0, "training.z_loss_coef": 0.0})
+    changed = config.model_copy(update={"model": with_heads(config.model, HEADS), "mesh": MeshConfig()})
+    return override_config(changed, {f"training.{name}": value for name, value in training.items()})
+
+
+def test_heads_weigh_what_the_moe_does_and_their_projections() -> None:
+    config = heads_config()
+    found = account(config, Layout.single_device("hp"))
+    moe = account(load_config("moe_1b", {"model.expert_activation": "gelu"}), Layout.single_device("foe"))
+    projections = 16 * 2 * 768 * 768
+    assert found.parameters_by_part == moe.parameters_by_part | {"sub_tokens": projections}
+    assert found.active_parameters == moe.active_parameters + projections
+    assert found.flops.experts == moe.flops.experts == 16 * 8 * 4 * 768 * 384
+    weights = found.active_parameters - found.parameters_by_part["embedding"] - found.parameters_by_part["norms"]
+    assert found.flops.forward - found.flops.attention == 2 * weights
+    assert found.flops.sub_tokens == 2 * projections
+
+
+def test_gated_experts_have_three_matrices() -> None:
+    model = heads_config().model
+    gated = model.model_copy(update={"expert_activation": "swiglu"})
+    assert flops_per_token(gated, 8).experts == 1.5 * flops_per_token(model, 8).experts
+
+
+def test_devices_of_heads_share_experts_and_routers_and_no_token() -> None:
+    config = heads_config()
+    one = account(config, Layout.single_device("hp"))
+    eight = account(config, make_layout(config.model, config.mesh))
+    assert eight.mesh == {"data": 1, "group": 8, "expert": 1}
+    assert eight.step_flops_per_device == one.step_flops_per_device / 8
+    parts = one.parameters_by_part
+    owned = parts["router"] + parts["experts"]
+    assert eight.memory.gradients == 4 * (one.parameters - owned + owned / 8)
+
+
+def test_exchanged_sub_tokens_are_kept() -> None:
+    config = heads_config(remat="full")
+    tokens = config.data.batch_size // config.training.gradient_accumulation * config.data.sequence_length // 8
+    kept = [
+        activation_bytes(config, Layout.abstract(kind, sizes))
+        for kind, sizes in (("hp", MeshSizes(1, 8, 1)), ("hp", MeshSizes(8, 1, 1)))
+    ]
+    assert kept[0] - kept[1] == tokens * 16 * 2 * 768 * 2

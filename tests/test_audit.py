@@ -263,6 +263,8 @@ def test_per_device_terms_of_the_paper_setting() -> None:
     assert sent["moe tp_ep"] == pytest.approx(sent["moe tp"] / 2 + sent["moe ep, de-duplicated"])
     assert sent["moe ep, de-duplicated"] / sent["moe ep"] == pytest.approx(5.44 / 8, abs=1e-3)
 
+    assert sent["mhlmoe hp"] == sent["moe ep"] / 8, "whatever k is"
+
     fewer = formulas.communication_table(**setting, num_groups=2, experts_per_token=8)
     assert fewer[0]["payload_elements"] == 2 * 1024 * 2048, "four replicas share the tokens"
     alone = formulas.communication_table(**setting | {"num_devices": 1}, num_groups=8, experts_per_token=8)

@@ -18,10 +18,11 @@ from foejax.analysis.expected_collectives import expected_collectives
 from foejax.config import ConfigError, ModelConfig, load_config
 from sharding import Layout
 from sharding.mesh import LayoutKind, MeshSizes
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, with_heads
 
 FOE = load_config("foe_7b").model
 MOE = load_config("moe_7b").model
+HEADS = with_heads(MOE, 8)
 IDEAL = {
     **dict.fromkeys(("matmul_fraction", "attention_fraction", "memory_fraction"), 1.0),
     **dict.fromkeys(("link_fraction", "network_fraction"), 1.0),
@@ -36,6 +37,10 @@ LAYOUTS: dict[str, tuple[ModelConfig, LayoutKind, MeshSizes]] = {
     "tp": (MOE, "tp", MeshSizes(1, 8, 1)),
     "tp_ep": (MOE, "tp_ep", MeshSizes(1, 8, 1)),
     "data alone": (MOE, "fsdp", MeshSizes(8, 1, 1)),
+    "hp": (HEADS, "hp", MeshSizes(1, 8, 1)),
+    "hp with data": (HEADS, "hp", MeshSizes(2, 4, 1)),
+    "hp, heads of two devices": (with_heads(MOE, 4), "hp", MeshSizes(1, 4, 2)),
+    "heads, data alone": (HEADS, "fsdp", MeshSizes(8, 1, 1)),
 }
 
 
@@ -82,7 +87,8 @@ def test_the_devices_together_do_the_work_of_the_model(name: str) -> None:
     flops, tokens = flops_per_token(model, 256), 16 * 256
     for part in ("projections", "attention", "experts"):
         assert 8 * model.num_layers * parts[part] == pytest.approx(getattr(flops, part) * tokens)
-    routed_by = 1 if kind == "tp_ep" else sizes.group
+    assert 8 * model.num_layers * parts.get("sub-tokens", 0.0) == flops.sub_tokens * tokens
+    routed_by = 1 if kind in ("tp_ep", "hp") else sizes.group
     assert 8 * model.num_layers * parts["router"] == pytest.approx(flops.router * tokens * routed_by)
     assert 8 * head_part(model, layout, step).flops == pytest.approx(flops.head * tokens)
 
@@ -152,12 +158,13 @@ def test_a_hierarchical_all_reduce_takes_fewer_steps_between_hosts() -> None:
 
 def test_imbalance_slows_layouts_whose_devices_share_experts() -> None:
     cluster = read_cluster("8xH100")
-    for name, slower in (("foe", False), ("ep", True), ("tp", True), ("tp_ep", True), ("data alone", False)):
+    shared = {"ep", "tp", "tp_ep", "hp, heads of two devices"}
+    for name in ("foe", *sorted(shared), "data alone", "hp", "heads, data alone"):
         model, kind, sizes = LAYOUTS[name]
         layout = Layout.abstract(kind, sizes)
         step = forward_step(16, 512, layout.num_token_shards)
         even, uneven = (predict_step(model, layout, step, cluster, imbalance=value).seconds for value in (1.0, 1.64))
-        assert (uneven > even) == slower
+        assert (uneven > even) == (name in shared)
 
 
 def test_an_exchange_sends_buffers_or_what_is_needed_or_a_copy_for_every_expert() -> None:
@@ -174,6 +181,19 @@ def test_an_exchange_sends_buffers_or_what_is_needed_or_a_copy_for_every_expert(
         "needed": round(8 * (1 - missed) * 1024 * token),
         "copies": 8 * 1024 * token,
     }
+
+
+def test_an_exchange_inside_heads_sends_the_sub_tokens_that_came_together() -> None:
+    """A prompt of one device is a quarter of what the buffers of four that exchanged heads are for."""
+    model, kind, sizes = LAYOUTS["hp, heads of two devices"]
+    layout = Layout.abstract(kind, sizes)
+    sent = []
+    for step in (prefill_step(1024, 8), prefill_step(8 * 1024, 8, length=1024)):
+        per_layer, _ = collective_rows(model, layout, step, exchange="copies")
+        sent.append(next(row["payload_bytes"] for row in per_layer if row["what"] == "tokens to their experts"))
+        heads = [row["payload_bytes"] for row in per_layer if row["axes"] == ["group"]]
+        assert heads == [1024 * 2048 * 2] * 2
+    assert sent == [1024 * 8 * 512 * 2, 4 * 1024 * 8 * 512 * 2]
 
 
 def test_one_long_prompt_is_one_shards_work() -> None:
@@ -231,3 +251,7 @@ def test_weights_of_a_device() -> None:
     expected = 4 * (3 * (attention + experts + 32 * 32) + 2 * 64 * 32)
     assert weight_bytes(model, Layout.abstract("fsdp", MeshSizes(1, 1, 1))) == expected
     assert Step(((Row(3, 4),), ())).most_keys == 7
+    heads = with_heads(model, 8)
+    shared = 4 * (3 * (attention + 2 * 32 * 32) + 2 * 64 * 32)
+    owned = 4 * 3 * (32 * 2 * 32 * 16 + 32 * 32)
+    assert weight_bytes(heads, Layout.abstract("hp", MeshSizes(1, 4, 1))) == shared + owned / 4

@@ -58,6 +58,19 @@ def test_groups_of_real_routing_are_in_balance_and_experts_are_not() -> None:
     assert foe.expert_discrepancy == spread.expert_discrepancy
 
 
+def test_heads_are_in_balance_whatever_they_choose() -> None:
+    """Two heads of four experts, four tokens."""
+    first, second = ((0, 1), (0, 1), (0, 2), (0, 3)), ((0, 1), (0, 2), (0, 3), (1, 2))
+    experts, valid = np.array([[first, second]]), np.ones((1, 2, 4, 2), bool)
+    alone = load_balance(experts, valid, "hp", MeshSizes(1, 2, 1), 8)
+    assert (alone.token_discrepancy, alone.row_discrepancy, alone.row_imbalance) == (1.0, 1.0, 1.0)
+    assert alone.local_activation_rate == 1 / 2 and alone.expert_discrepancy == 4 / 2
+    spread = load_balance(experts, valid, "hp", MeshSizes(1, 2, 2), 8)
+    # The first head has 6 and 2 rows, the second 5 and 3. Token t is on the device of head t % 2, experts t // 2.
+    assert spread.row_imbalance == 6 / 4
+    assert spread.local_activation_rate == (2 + 1 + 1 + 1) / 16
+
+
 def test_meshes_that_do_not_divide_are_refused() -> None:
     experts, valid = routing((0, 2), (2, 4))
     for sizes in (MeshSizes(2, 1, 4), MeshSizes(1, 2, 1), MeshSizes(1, 1, 3)):

@@ -12,10 +12,11 @@ from foejax.analysis.cost_model.paper import FORWARD_SECONDS, fit_paper_engine
 from foejax.analysis.cost_model.serving import simulate_serving, step_of
 from foejax.analysis.cost_model.step import Row, prefill_step
 from foejax.analysis.plan import Workload, find, make_plan, ratio_parts
+from foejax.analysis.plan_report import format_plan
 from foejax.cli import main
 from foejax.commands.parser import make_parser
 from foejax.commands.plan import workload_of
-from foejax.config import ConfigError, load_config
+from foejax.config import ConfigError, MeshConfig, RunConfig, load_config
 from foejax.serving.engine_config import EngineConfig
 from foejax.serving.load.trace import Lengths, make_trace
 from foejax.serving.scheduler import SchedulerLimits
@@ -23,6 +24,7 @@ from foejax.serving.step_plan import Row as PlannedRow
 from foejax.serving.step_plan import StepPlan
 from sharding import Layout
 from sharding.mesh import MeshSizes
+from tests.tiny import with_heads
 
 FOE = load_config("foe_7b")
 ONE_HOST, TWO_HOSTS = read_cluster("8xH100"), read_cluster("2x8xH100")
@@ -45,6 +47,57 @@ def test_two_hosts_are_compared_in_every_layout() -> None:
     assert {candidate.model.num_groups for candidate in found} == {1, 8}
     shared = {candidate.name for candidate in found if candidate.imbalance > 1}
     assert shared == {candidate.name for candidate in found} - {"foe data=2 x group=8", "data data=16"}
+
+
+def heads_config(heads: int = 8, **changes: object) -> RunConfig:
+    """moe_7b with as many experts and choices in each of its heads."""
+    config = load_config("moe_7b", {"training.load_balance_coef": 0.0, "training.z_loss_coef": 0.0})
+    return config.model_copy(update={"model": with_heads(config.model, heads, **changes), "mesh": MeshConfig()})
+
+
+def test_heads_of_experts_are_compared_with_the_moe_of_the_same_weight() -> None:
+    config = heads_config()
+    found, left_out = candidates(config, TWO_HOSTS, 1.64)
+    assert not left_out
+    assert [candidate.name for candidate in found] == [
+        "hp data=2 x group=8",
+        "hp group=8 x expert=2",
+        "data data=16",
+        "ep expert=16",
+        "ep data=2 x expert=8",
+        "ep expert=16, a copy per device",
+        "ep expert=16, a copy per expert",
+    ]
+    moe = load_config("moe_7b").model.model_copy(update={"router_score": "topk_softmax", "expert_activation": "gelu"})
+    for candidate in found:
+        assert candidate.model == (moe if candidate.layout.kind == "ep" else config.model)
+    assert [candidate.name for candidate in found if candidate.imbalance > 1 and candidate.model != moe] == [
+        "hp group=8 x expert=2"
+    ]
+    sixteen, _ = candidates(heads_config(16), TWO_HOSTS, 1.0)
+    assert [made.name for made in sixteen if made.layout.kind == "hp"] == ["hp group=16", "hp data=2 x group=8"]
+
+
+def test_what_has_no_meaning_for_heads_is_refused_or_left_out() -> None:
+    with pytest.raises(ConfigError, match="num_ffn_heads=8: no FoE model differs"):
+        matched_models(heads_config().model)
+    found, left_out = candidates(heads_config(ffn_head_dim=128), ONE_HOST, 1.0)
+    assert "8 sub-tokens of 128 are not hidden_size=2048" in left_out["ep"]
+    assert [made.name for made in found] == ["hp group=8", "data data=8"]
+    _, left_out = candidates(heads_config(ffn_head_dim=4), ONE_HOST, 1.0)
+    assert "ffn_head_dim=4 is not divisible by mesh.data=8" in left_out["fsdp"]
+
+
+def test_a_plan_of_heads_has_their_layouts_alone() -> None:
+    plan = make_plan(heads_config(), ONE_HOST, Workload(requests=1, interarrival=(1.0,)))
+    text = format_plan(plan)
+    assert "hp and data: 8 heads, each with 8 of 64 experts a token. ep: the MoE" in text
+    assert "sub-tokens to their heads | all-to-all over group of 8" in text
+    assert "| tokens | ep expert=8, a copy per expert | hp group=8 | data data=8 | ep / hp |" in text
+    assert "MoE / FoE" not in text and "merge of the groups" not in text
+    assert [row.candidate for row in plan.serving] == ["ep expert=8, a copy per expert", "hp group=8"]
+    row = plan.forward["one prompt"][-1]
+    assert row.ratio is None and row.seconds["ep expert=8, a copy per expert"] > row.seconds["hp group=8"]
 
 
 def test_the_configs_own_mesh_comes_first_and_must_fit() -> None:

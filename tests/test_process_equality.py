@@ -11,7 +11,9 @@ import pytest
 from flax import nnx
 from process_runs import run_processes
 from sharded_equality import compare
-from tiny import tiny_config, tiny_model
+from tiny import config_for, tiny_model
+
+from sharding import LayoutKind
 
 # Every process places its shards of the given parameters; process 0 writes what the model computes.
 PROGRAM = """
@@ -19,16 +21,13 @@ import json, pickle, sys
 import jax, numpy as np
 from flax import nnx
 from sharded_equality import loss_gradient_logits
-from tiny import tiny_config
+from tiny import config_for, layout_for
 from foejax.models import LanguageModel
-from sharding import Layout, hosts
-given, found, kind, sizes, changes = sys.argv[1:]
+from sharding import hosts
+given, found, kind, sizes = sys.argv[1:]
 hosts.start()
-config = tiny_config(**json.loads(changes))
-layout = Layout.create(
-    kind, num_groups=config.num_groups, num_experts=config.num_experts, num_kv_heads=config.num_kv_heads,
-    num_ffn_heads=config.num_ffn_heads, **json.loads(sizes),
-)
+config = config_for(kind, num_layers=2)
+layout = layout_for(kind, config, **json.loads(sizes))
 hosts.connect(layout.mesh)
 model = LanguageModel.abstract(config, layout)
 graphdef, state = nnx.split(model.transformer)
@@ -47,7 +46,7 @@ if jax.process_index() == 0:
 hosts.finish()
 """
 
-LAYOUTS = [
+LAYOUTS: list[tuple[LayoutKind, dict[str, int]]] = [
     ("foe", {"data": 1, "group": 4, "expert": 2}),
     ("foe", {"data": 1, "group": 8}),
     ("foe", {"data": 2, "group": 4}),
@@ -61,27 +60,20 @@ LAYOUTS = [
     ("fsdp", {"data": 8}),
     ("hp", {"data": 1, "group": 8}),
 ]
-HEADS = {
-    "num_ffn_heads": 8,
-    "experts_per_token": 16,
-    "expert_activation": "gelu",
-    "router_scope": "group",  # has the scores that auxiliary losses need
-}
 
 
-def case(kind: str, sizes: dict[str, int]) -> object:
+def case(kind: LayoutKind, sizes: dict[str, int]) -> object:
     """The first one, in which both groups and experts are split, runs every time."""
     name = "-".join([kind, *(f"{axis}{size}" for axis, size in sizes.items())])
     return pytest.param(kind, sizes, id=name, marks=[pytest.mark.slow] * ((kind, sizes) != LAYOUTS[0]))
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [case(*layout) for layout in LAYOUTS])
-def test_two_processes_equal_one_device(kind: str, sizes: dict[str, int], tmp_path: Path) -> None:
-    changes = {"num_groups": 8 if kind == "foe" else 1, "num_layers": 2} | (HEADS if kind == "hp" else {})
-    config = tiny_config(**changes)
+def test_two_processes_equal_one_device(kind: LayoutKind, sizes: dict[str, int], tmp_path: Path) -> None:
+    config = config_for(kind, num_layers=2)
     given, found = tmp_path / "given", tmp_path / "found"
     given.write_bytes(pickle.dumps(jax.device_get(jax.tree.leaves(nnx.state(tiny_model(config).transformer)))))
-    arguments = [str(given), str(found), kind, json.dumps(sizes), json.dumps(changes)]
+    arguments = [str(given), str(found), kind, json.dumps(sizes)]
     for ended in run_processes(PROGRAM, arguments, 2, 4):
         assert ended.code == 0, ended.output
     compare(config, pickle.loads(found.read_bytes()))

@@ -69,6 +69,19 @@ def layout_for(kind: LayoutKind, config: ModelConfig, **sizes: Any) -> Layout:
     )
 
 
+def with_heads(model: ModelConfig, heads: int, **changes: Any) -> ModelConfig:
+    """The Multi-Head LatentMoE each of whose heads has the experts and choices of this model."""
+    values = {
+        "num_groups": 1,
+        "num_ffn_heads": heads,
+        "num_experts": heads * model.num_experts,
+        "experts_per_token": heads * model.experts_per_token,
+        "router_score": "topk_softmax",
+        "expert_activation": "gelu",
+    }
+    return ModelConfig.model_validate(model.model_dump() | values | changes)
+
+
 def packed_batch(rows: int = 8, length: int = 16, vocab_size: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
     """Rows of up to three documents each, the first row with padding at its end."""
     random = np.random.default_rng(seed)

@@ -1,7 +1,8 @@
 """What a model weighs and costs, from shapes and shardings alone: nothing is allocated.
 
 Shape letters: L layers, D width, Q query heads, G key/value heads, K head size, E experts, k chosen experts, F expert
-hidden size, V vocabulary, H groups, T sequence length.
+hidden size, V vocabulary, H groups, T sequence length. Multi-Head LatentMoE: W size of a sub-token (D elsewhere), U all
+sub-tokens of a token (0 elsewhere).
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ class Flops:
     Attributes:
       projections: L * 2 D K (2 Q + 2 G), the four matrices of attention.
       attention: L * 4 Q K (T + 1) / 2, scores and weighted values, each query seeing (T + 1) / 2 keys on average.
-      router: L * 2 D E.
-      experts: L * k * 6 D F, the three matrices of each chosen expert.
+      router: L * 2 W E.
+      experts: L * k * 6 W F, the three matrices of each chosen expert; with GELU 4 W F, of two.
       head: 2 D V.
+      sub_tokens: L * 4 D U, the projections to sub-tokens and back.
     """
 
     projections: float
@@ -42,11 +44,12 @@ class Flops:
     router: float
     experts: float
     head: float
+    sub_tokens: float
 
     @property
     def forward(self) -> float:
         """The sum."""
-        return self.projections + self.attention + self.router + self.experts + self.head
+        return self.projections + self.attention + self.router + self.experts + self.head + self.sub_tokens
 
     @property
     def training(self) -> float:
@@ -83,7 +86,8 @@ class Account:
     Attributes:
       parameters: trained parameters.
       active_parameters: those that take part in one token: all but the experts that it does not choose.
-      parameters_by_part: embedding, attention, router, experts, norms and head.
+      parameters_by_part: embedding, attention, router, experts, norms, head, and for Multi-Head LatentMoE sub_tokens,
+        the projections to sub-tokens and back.
       sequence_length: T of `flops`.
       flops: per token.
       step_tokens: tokens of an optimizer step.
@@ -138,6 +142,7 @@ def account(config: RunConfig, layout: Layout) -> Account:
 def parameters_by_part(model: LanguageModel) -> dict[str, int]:
     """Number of parameters of each part of a (possibly abstract) model."""
     parts = dict.fromkeys(("embedding", "attention", "router", "experts", "norms", "head"), 0)
+    parts |= {"sub_tokens": 0} if model.config.num_ffn_heads else {}
     params = nnx.state(model.transformer, nnx.Param)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         parts[_part_of(parameter_name(path))] += leaf.size
@@ -151,9 +156,10 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> Flops:
     return Flops(
         projections=2.0 * layers * width * head * heads,
         attention=2.0 * layers * config.num_query_heads * head * (sequence_length + 1),
-        router=2.0 * layers * width * config.num_experts,
-        experts=6.0 * layers * config.experts_per_token * width * config.expert_hidden_size,
+        router=2.0 * layers * config.expert_width * config.num_experts,
+        experts=2.0 * layers * config.experts_per_token * config.expert_size,
         head=2.0 * width * config.vocab_size,
+        sub_tokens=4.0 * layers * width * config.latent_width,
     )
 
 
@@ -161,34 +167,40 @@ def activation_bytes(config: RunConfig, layout: Layout) -> int:
     """Estimated bytes that one device keeps from the forward for the backward pass of one micro-batch.
 
     Per token and layer, in elements of the compute dtype, s = H / (devices on `group`) being the streams of a device
-    and q, g, k its own query heads, key/value heads and chosen experts. In tp every device has the one stream whole
-    (s = 1); in tp_ep its share of it, and D more for the tokens that attention gathers:
+    and q, g, k its own query heads, key/value heads and chosen experts, m the matrices of an expert but the last. In tp
+    every device has the one stream whole (s = 1); in tp_ep its share of it, and D more for the tokens that attention
+    gathers; in hp, whose devices have tokens of their own, nothing is shared over `group`:
 
     - remat=full: (s + 2) D: the residual and s expert outputs at the layer's entry, and the merged residual. An FoE
-      device with s groups thus keeps s + 2 arrays where the MoE keeps 3.
-    - remat=dots adds every matmul's output: (q + 2 g) K + q K + s D + k (2 F + D), and q T attention scores.
+      device with s groups thus keeps s + 2 arrays where the MoE keeps 3. In hp 2 U more, what two exchanges brought.
+    - remat=dots adds every matmul's output: (q + 2 g) K + q K + s D + k (m F + W), and q T attention scores; for
+      sub-tokens U + D.
     - remat=none adds what lies between: 2 s D normed streams, 2 (q + 2 g) K rotated heads, q T probabilities,
-      2 D normed residual, k (D + 2 F) rows of the experts and E router scores, the wide copies of norms counted twice.
+      2 D normed residual, k (W + m F) rows of the experts and E router scores, the wide copies of norms counted twice;
+      for sub-tokens 2 U, laid out by head.
 
     To these come the logits of one chunk of the cross-entropy in float32, forward and backward. The compiler may fuse
     some of it away or (XLA on CPU) keep wider copies: expect the right order, not the last digit.
     """
-    model, sizes = config.model, layout.sizes
+    model, sharing = config.model, layout.num_token_slices
     sequence = config.data.sequence_length
     micro_batch = config.data.batch_size / config.training.gradient_accumulation
     tokens = micro_batch * sequence / layout.num_token_shards
-    width, hidden, head = model.hidden_size, model.expert_hidden_size, model.head_dim
-    streams = 1.0 if layout.splits_heads else model.num_groups / sizes.group
-    carried = 1 / sizes.group if layout.slices_tokens else 1.0
-    q, g, k = (n / sizes.group for n in (model.num_query_heads, model.num_kv_heads, model.experts_per_token))
+    width, head, latent = model.hidden_size, model.head_dim, model.latent_width
+    row = model.expert_size // model.expert_width - model.expert_hidden_size + model.expert_width  # m F + W
+    streams = 1.0 if layout.splits_heads else model.num_groups / sharing
+    carried = 1 / sharing if layout.slices_tokens else 1.0
+    q, g, k = (n / sharing for n in (model.num_query_heads, model.num_kv_heads, model.experts_per_token))
     elements = carried * (streams + 2) * width + (width if layout.slices_tokens else 0)
+    elements += 2 * latent if layout.num_head_exchangers > 1 else 0
     if config.training.remat != "full":
-        elements += (2 * q + 2 * g) * head + streams * width + k * (2 * hidden + width) + q * sequence
+        elements += (2 * q + 2 * g) * head + streams * width + k * row + q * sequence
+        elements += latent + width if latent else 0
     if config.training.remat == "none":
         elements += 4 * carried * (streams + 1) * width + 4 * (q + 2 * g) * head + q * sequence
-        elements += k * (width + 2 * hidden) + carried * model.num_experts
+        elements += k * row + carried * model.num_experts + 2 * latent
     itemsize = {"bfloat16": 2, "float32": 4, "float64": 8}[model.dtype]
-    chunk = min(2048, tokens / layout.num_token_slices)
+    chunk = min(2048, tokens / sharing)
     return round(tokens * model.num_layers * elements * itemsize + 2 * chunk * model.vocab_size * 4)
 
 
@@ -213,17 +225,18 @@ def _device_memory(model: LanguageModel, config: RunConfig, layout: Layout) -> D
 
 
 def _training_flops_per_device(flops: Flops, step_tokens: int, layout: Layout) -> float:
-    """Each device of a group axis does its share of every token of its batch shard, and the whole router.
+    """Devices that hold the same tokens do their share of each, and the whole router.
 
-    Where it carries its slice of the tokens, it routes them alone.
+    Where they carry slices of the tokens, they route them alone; in hp every device has tokens of its own.
     """
-    tokens = step_tokens / layout.num_token_shards
-    shared = (flops.forward - flops.router) / layout.sizes.group
-    return 3 * tokens * (shared + flops.router / (layout.sizes.group if layout.slices_tokens else 1))
+    tokens, sharing = step_tokens / layout.num_token_shards, layout.num_token_slices
+    shared = (flops.forward - flops.router) / sharing
+    return 3 * tokens * (shared + flops.router / (sharing if layout.slices_tokens else 1))
 
 
 def _part_of(name: str) -> str:
-    for mark, part in (("norm", "norms"), ("embedding", "embedding"), ("head", "head")):
+    for mark, part in (("norm", "norms"), ("embedding", "embedding"), ("head_DV", "head")):
         if mark in name:
             return part
-    return next(part for part in ("attention", "router", "experts") if f".{part}." in name)
+    parts = (("attention", "attention"), ("router", "router"), ("experts", "experts"), ("heads", "sub_tokens"))
+    return next(part for mark, part in parts if f".{mark}." in name)

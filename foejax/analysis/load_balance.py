@@ -3,8 +3,8 @@
 Both are read off a routing trace and hold for any layout, so a model on one device tells how it would do on eight. The
 names are those of arXiv 2605.06206, section 5.3 and Fig. 4.
 
-Shape letters: L layers, H groups, N tokens, k choices per token and group, E experts of a group, P devices that share
-the experts of a group, W all devices.
+Shape letters: L layers, H groups or heads, N tokens, k choices per token and group, E experts of a group, P devices
+that share the experts of a group, W all devices.
 """
 
 from __future__ import annotations
@@ -58,14 +58,16 @@ def load_balance(
 ) -> LoadBalance:
     """What a layout's devices would get.
 
-    Tokens are split over devices in the order of the trace. FoE's groups all see every token, so that they are in
-    balance by construction; devices inside a group, and those of `ep`, `tp` and `tp_ep`, are not.
+    Tokens are split over devices in the order of the trace. FoE's groups all see every token, and so do the heads of
+    `hp` once sub-tokens are exchanged, so that they are in balance by construction; devices inside a group or head, and
+    those of `ep`, `tp` and `tp_ep`, are not. In `hp` a choice stays at home where its head is on the token's own
+    device, whatever the routing.
 
     Args:
       experts_LHNk: int, expert inside the group (`RoutingTrace.experts`).
       valid_LHNk: bool, False for padding (`RoutingTrace.weights > 0`).
       sizes: `data` is 1: give the tokens of one replica.
-      num_experts: over all groups.
+      num_experts: over all groups or heads.
 
     Raises:
       ValueError: a `data` axis, or groups and experts that do not divide over the devices.
@@ -82,10 +84,14 @@ def load_balance(
     shard_LHNk = experts_LHNk // (num_experts // groups // shards)
     part_H = np.arange(groups) // (groups // group_parts)
     device_LHNk = part_H[None, :, None, None] * shards + shard_LHNk
-    exchanges = shards > 1 and kind != "tp"
-    home_N = np.arange(tokens) * shards // tokens
-    at_home_LHNk = (shard_LHNk == home_N[None, None, :, None]) | (not exchanges)
     devices = group_parts * shards
+    if kind == "hp":
+        home_N = np.arange(tokens) * devices // tokens
+        home_N = home_N % group_parts * shards + home_N // group_parts  # `group` is the inner one of the token axes
+        at_home_LHNk = device_LHNk == home_N[None, None, :, None]
+    else:
+        home_N = np.arange(tokens) * shards // tokens
+        at_home_LHNk = (shard_LHNk == home_N[None, None, :, None]) | (shards == 1) | (kind == "tp")
     rows_LW = _counts(np.where(valid_LHNk, device_LHNk, devices), devices)
     tokens_LW = np.stack([_with_work(*layer, devices) for layer in zip(device_LHNk, valid_LHNk, strict=True)])
     expert_LHNk = np.arange(groups)[None, :, None, None] * (num_experts // groups) + experts_LHNk

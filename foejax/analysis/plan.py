@@ -206,13 +206,11 @@ def is_papers_model(model: ModelConfig) -> bool:
 
 
 def find(found: Sequence[Candidate], kind: str) -> Candidate | None:
-    """What stands for a layout in comparisons: of several meshes the one that splits a single prompt furthest; of
-    expert parallelism the exchange of a copy per expert."""
-    fitting = [
-        candidate for candidate in found if candidate.layout.kind == kind and candidate.layout.num_expert_shards > 1
-    ]
-    if kind == "foe":
-        fitting = [candidate for candidate in found if candidate.layout.kind == kind]
+    """What stands for a layout in comparisons: of several meshes the first with least of `data`, so that FoE splits a
+    single prompt furthest; of expert parallelism the exchange of a copy per expert."""
+    fitting = [candidate for candidate in found if candidate.layout.kind == kind]
+    if kind in ("ep", "tp", "tp_ep"):
+        fitting = [candidate for candidate in fitting if candidate.layout.num_expert_shards > 1]
     if kind == "ep":
         fitting = [candidate for candidate in fitting if candidate.exchange == "copies"]
     return min(fitting, key=lambda candidate: candidate.layout.sizes.data, default=None)
@@ -278,7 +276,7 @@ def _predict_serving(plan: Plan, found: Sequence[Candidate], clusters: dict[str,
         )
         return
     raced = [candidate for kind in ("ep", "tp_ep") if (candidate := find(found, kind)) is not None]
-    raced += [candidate for candidate in found if candidate.layout.kind == "foe"]
+    raced += [candidate for candidate in found if candidate.layout.kind in ("foe", "hp")]
     for trace, (engine, cluster), candidate in itertools.product(traces, clusters.items(), raced):
         summary = simulate_serving(candidate, cluster, trace, workload.engine)
         paper = _paper_latency(cluster.hosts, trace.interarrival, candidate) if PAPERS in clusters else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from foejax.analysis.cost_model.predict import Item
 from foejax.analysis.plan import ONE_PROMPT, PAPER_ENGINE, ForwardRow, Plan, Steps, find
@@ -30,6 +30,13 @@ def _assumptions(plan: Plan) -> str:
         f"{cluster.all_reduce}; overlap of compute and communication {cluster.overlap:g}; the fullest device of "
         f"layouts that share experts has {plan.workload.imbalance:g} times the mean.",
     ]
+    model = plan.config.model
+    if model.num_ffn_heads and any(steps.candidate.layout.kind == "ep" for steps in plan.steps):
+        lines.append(
+            f"hp and data: {model.num_ffn_heads} heads, each with {model.experts_per_stack} of "
+            f"{model.num_experts // model.num_ffn_heads} experts a token. ep: the MoE with the experts and choices of "
+            "one head, which read whole tokens and weigh as much as those of all heads."
+        )
     lines += [f"Left out: {kind}: {reason}" for kind, reason in plan.left_out.items()]
     return "\n".join(lines)
 
@@ -84,22 +91,28 @@ def forward_section(plan: Plan, title: str) -> str:
     """Forward passes over tokens: the paper's Table 9 beside predictions, and what their ratio is made of."""
     rows = plan.forward[title]
     candidates = [steps.candidate for steps in plan.steps]
-    kinds = {name: found.name for name in ("ep", "tp_ep", "foe") if (found := find(candidates, name)) is not None}
+    compared = ("ep", "hp", "fsdp") if plan.config.model.num_ffn_heads else ("ep", "tp_ep", "foe")
+    kinds = {name: found.name for name in compared if (found := find(candidates, name)) is not None}
     paper = any(row.measured for row in rows) and title != "prompts of 2,048 tokens"
     header = ["tokens", *(["paper: MoE", "FoE", "MoE / FoE"] if paper else []), *kinds.values()]
-    header += ["MoE / FoE", "imbalance", "spread", "attention", "collectives"]
-    body = [_forward_cells(row, list(kinds.values()), paper) for row in rows]
+    if "hp" not in kinds:
+        header += ["MoE / FoE", "imbalance", "spread", "attention", "collectives"]
+    elif "ep" in kinds:
+        header.append("ep / hp")
+    body = [_forward_cells(row, kinds, paper) for row in rows]
     text = f"## Forward pass, {title}\n\n{table(header, body)}"
-    notes = [_forward_note(plan, title, rows)] if rows else []
-    return "\n\n".join([text, *notes])
+    note = _forward_note(plan, title, rows) if rows else ""
+    return f"{text}\n\n{note}" if note else text
 
 
-def _forward_cells(row: ForwardRow, names: Sequence[str], paper: bool) -> list[str]:
+def _forward_cells(row: ForwardRow, kinds: Mapping[str, str], paper: bool) -> list[str]:
     cells = [f"{row.tokens:,}"]
     if paper and row.measured:
         moe, foe = row.measured
         cells += [_time(moe), _time(foe), f"{moe / foe:.2f}"]
-    cells += [_time(row.seconds[name]) for name in names]
+    cells += [_time(row.seconds[name]) for name in kinds.values()]
+    if "hp" in kinds:
+        return cells + ([f"{row.seconds[kinds['ep']] / row.seconds[kinds['hp']]:.2f}"] if "ep" in kinds else [])
     ratio = row.ratio
     parts = [None] * 5 if ratio is None else [ratio.whole, *vars(ratio).values()]
     return cells + ["" if value is None else f"{value:.2f}" for value in parts]

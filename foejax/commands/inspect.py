@@ -103,7 +103,8 @@ def _format_account(found: Account, config: RunConfig) -> str:
         ("active per token", f"{found.active_parameters:,} ({found.active_parameters / 1e9:.3f} B)"),
         ("FLOPs per token", f"{_engineering(flops.forward)} forward, {_engineering(flops.training)} training, "
          f"in sequences of {found.sequence_length:,}"),
-        ("  forward", ", ".join(f"{part} {_engineering(value)}" for part, value in dataclasses.asdict(flops).items())),
+        ("  forward", ", ".join(f"{part} {_engineering(value)}" for part, value in dataclasses.asdict(flops).items()
+                                if value)),
         ("training step", f"{found.step_tokens:,} tokens, {_engineering(found.step_flops_per_device)} FLOPs/device"),
         ("memory per device", f"{format_bytes(memory.total)} in training with remat={config.training.remat}"),
         ("  of which", ", ".join(f"{kind} {format_bytes(getattr(memory, kind))}" for kind in kinds) + " (estimated)"),

@@ -140,3 +140,13 @@ class ModelConfig(Section):
     def expert_width(self) -> int:
         """Size of what an expert reads and writes."""
         return self.ffn_head_dim or self.hidden_size // max(self.num_ffn_heads, 1)
+
+    @property
+    def expert_size(self) -> int:
+        """Weights of one expert."""
+        return (3 if self.expert_activation == "swiglu" else 2) * self.expert_width * self.expert_hidden_size
+
+    @property
+    def latent_width(self) -> int:
+        """Size of all sub-tokens of a token; 0 without heads of experts."""
+        return self.num_ffn_heads * self.expert_width

@@ -1,4 +1,5 @@
-"""A config and what it is fairly compared with: FoE and the matched MoE in every layout, on the same cluster."""
+"""A config and what it is fairly compared with, on the same cluster: FoE and the matched MoE in every layout, or
+Multi-Head LatentMoE in every mesh and the MoE whose experts weigh the same."""
 
 from __future__ import annotations
 
@@ -44,8 +45,13 @@ def matched_models(model: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
     For a model of one group FoE gets as many groups as divide its key/value heads, experts and choices.
 
     Raises:
-      ConfigError: no number of groups but 1 does.
+      ConfigError: no number of groups but 1 does; a model with heads of experts.
     """
+    if model.num_ffn_heads:
+        raise ConfigError(
+            f"num_ffn_heads={model.num_ffn_heads}: no FoE model differs from heads of experts in the number of groups "
+            "alone; set num_ffn_heads=0"
+        )
     heads = math.gcd(model.num_kv_heads, model.experts_per_token, model.num_experts)
     groups = model.num_groups if model.num_groups > 1 else heads
     if groups == 1:
@@ -57,8 +63,31 @@ def matched_models(model: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
     return foe, moe
 
 
+def matched_moe(model: ModelConfig) -> ModelConfig:
+    """The MoE whose experts, all together and those of a token, weigh what those of all heads do.
+
+    It has the experts and choices of one head, each over whole tokens, and no projections to sub-tokens.
+
+    Raises:
+      ConfigError: all sub-tokens of a token are not as wide as the token, so that no such MoE exists.
+    """
+    heads = model.num_ffn_heads
+    if model.latent_width != model.hidden_size:
+        raise ConfigError(
+            f"{heads} sub-tokens of {model.expert_width} are not hidden_size={model.hidden_size}: no MoE's experts "
+            "weigh the same; leave ffn_head_dim at 0"
+        )
+    changes = {
+        "num_ffn_heads": 0,
+        "ffn_head_dim": 0,
+        "num_experts": model.num_experts // heads,
+        "experts_per_token": model.experts_per_stack,
+    }
+    return ModelConfig.model_validate(model.model_dump() | changes)
+
+
 def own_candidate(config: RunConfig, cluster: Cluster, imbalance: float) -> Candidate:
-    """The config's own model in its own layout (auto: foe, or fsdp for one group).
+    """The config's own model in its own layout (auto: foe, hp for heads of experts, or fsdp).
 
     Raises:
       ValueError: the mesh does not fit the cluster or the model.
@@ -74,7 +103,8 @@ def candidates(config: RunConfig, cluster: Cluster, imbalance: float) -> tuple[l
 
     Of FoE: groups as spread out as they go with the surplus in `data`, and groups of several devices. Of the MoE: `ep`
     over all devices (what this library's buffers send, what routing needs, a copy for every expert), `ep` inside each
-    host with `data` between them, `tp`, `tp_ep` and plain data parallelism.
+    host with `data` between them, `tp`, `tp_ep` and plain data parallelism. Of Multi-Head LatentMoE: `hp` over all
+    devices, inside each host and with heads of several devices, and data parallelism; beside it `ep` of `matched_moe`.
 
     Args:
       imbalance: of layouts whose devices share experts.
@@ -85,19 +115,11 @@ def candidates(config: RunConfig, cluster: Cluster, imbalance: float) -> tuple[l
     Raises:
       ValueError: the config's own layout does not fit.
     """
-    own = own_candidate(config, cluster, imbalance)
-    foe, moe = matched_models(config.model)
-    per_host = cluster.devices_per_host
-    wanted: list[tuple[LayoutKind, ModelConfig, dict[str, int]]] = [
-        ("foe", foe, {}),
-        *(("foe", foe, {"group": foe.num_groups, "expert": size}) for size in _group_sizes(foe, cluster)),
-        ("ep", moe, {}),
-        *((("ep", moe, {"data": cluster.hosts, "expert": per_host}),) if cluster.hosts > 1 else ()),
-        ("tp", moe, {}),
-        ("tp_ep", moe, {}),
-        ("fsdp", moe, {}),
-    ]
-    found, left_out = [own], dict[str, str]()
+    found, left_out = [own_candidate(config, cluster, imbalance)], dict[str, str]()
+    if config.model.num_ffn_heads:
+        wanted = _with_heads(config.model, cluster, left_out)
+    else:
+        wanted = _with_groups(*matched_models(config.model), cluster)
     for kind, model, axes in wanted:
         try:
             made = _candidate(kind, model, _plan(kind, model, cluster, **axes), imbalance)
@@ -116,10 +138,47 @@ def candidates(config: RunConfig, cluster: Cluster, imbalance: float) -> tuple[l
     return found, left_out
 
 
-def _group_sizes(foe: ModelConfig, cluster: Cluster) -> list[int]:
-    """Devices of a group where all devices work on the same tokens, if there are more than groups."""
-    size, rest = divmod(cluster.devices, foe.num_groups)
-    return [size] if rest == 0 and size > 1 else []
+_Wanted = list[tuple[LayoutKind, ModelConfig, dict[str, int]]]
+"""Layout, model and given sizes of a candidate's mesh."""
+
+
+def _with_groups(foe: ModelConfig, moe: ModelConfig, cluster: Cluster) -> _Wanted:
+    return [
+        ("foe", foe, {}),
+        *(("foe", foe, axes) for axes in _spread_stacks(foe, cluster)),
+        *(("ep", moe, axes) for axes in _expert_parallel(cluster)),
+        ("tp", moe, {}),
+        ("tp_ep", moe, {}),
+        ("fsdp", moe, {}),
+    ]
+
+
+def _with_heads(model: ModelConfig, cluster: Cluster, left_out: dict[str, str]) -> _Wanted:
+    inside_hosts = math.gcd(model.num_ffn_heads, cluster.devices_per_host)
+    wanted: _Wanted = [
+        ("hp", model, {}),
+        *(("hp", model, axes) for axes in _spread_stacks(model, cluster)),
+        *((("hp", model, {"group": inside_hosts}),) if inside_hosts > 1 else ()),
+        ("fsdp", model, {}),
+    ]
+    try:
+        moe = matched_moe(model)
+    except ConfigError as error:
+        left_out["ep"] = str(error)
+        return wanted
+    return wanted + [("ep", moe, axes) for axes in _expert_parallel(cluster)]
+
+
+def _expert_parallel(cluster: Cluster) -> list[dict[str, int]]:
+    """Over all devices, and inside each host."""
+    inside = {"data": cluster.hosts, "expert": cluster.devices_per_host}
+    return [{}, inside] if cluster.hosts > 1 else [{}]
+
+
+def _spread_stacks(model: ModelConfig, cluster: Cluster) -> list[dict[str, int]]:
+    """Several devices of a group or head, if there are more of them than of these."""
+    size, rest = divmod(cluster.devices, model.num_stacks)
+    return [{"group": model.num_stacks, "expert": size}] if rest == 0 and size > 1 else []
 
 
 def _plan(kind: LayoutKind, model: ModelConfig, cluster: Cluster, **axes: int) -> MeshSizes:
@@ -133,6 +192,11 @@ def _plan(kind: LayoutKind, model: ModelConfig, cluster: Cluster, **axes: int) -
         **axes,
     )
     cluster.check_mesh(kind, sizes)
+    if model.num_ffn_heads and model.expert_width % sizes.data:
+        raise ValueError(
+            f"ffn_head_dim={model.expert_width} is not divisible by mesh.data={sizes.data}, over which parameters are "
+            "split: choose fewer data shards, or another ffn_head_dim"
+        )
     return sizes
 
 

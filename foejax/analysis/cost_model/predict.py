@@ -14,7 +14,7 @@ from foejax.analysis.cost_model.cluster import Cluster
 from foejax.analysis.cost_model.step import Step
 from foejax.analysis.cost_model.traffic import seconds, traffic_of
 from foejax.analysis.cost_model.work import ITEMSIZE, Part, head_part, layer_parts
-from foejax.analysis.expected_collectives import expected_collectives
+from foejax.analysis.expected_collectives import Exchanged, expected_collectives
 from foejax.config import ModelConfig
 from foejax.models.expert_parallel import buffer_sizes
 from sharding import Layout
@@ -155,34 +155,35 @@ def _exchanged(
     rows: Rows, model: ModelConfig, layout: Layout, step: Step, imbalance: float, exchange: Exchange
 ) -> Rows:
     """The rows with one size of the exchange's buffers: that which runs, or what else is asked for."""
-    others = [row for row in rows if row["op"] != "all-to-all" and row["what"] != "choice of the buffers"]
-    sends = [row for row in rows if row["op"] == "all-to-all"]
+    axes = [layout.expert_axis]
+    sends = [row for row in rows if row["op"] == "all-to-all" and row["axes"] == axes]
+    others = [row for row in rows if row not in sends and row["what"] != "choice of the buffers"]
     if not sends:
         return rows
+    here, meeting = Exchanged.of(model, layout, step.device_tokens), layout.num_head_exchangers
+    # Of sub-tokens that came together some are padding, which chooses nothing.
+    choosing = step.most_tokens(meeting) if meeting > 1 else here.tokens
     if exchange == "buffers":
-        branch = _branch(model, layout, step, imbalance)
+        branch = _branch(here, choosing, layout, imbalance)
         choice = [row for row in rows if row["what"] == "choice of the buffers"]
         return others + choice + [row for row in sends if row.get("branch", 0) == branch]
     useful = [row for row in sends if "useful_payload_bytes" in row and row.get("branch", 0) == 0]
     # The fullest sender, or the fullest receiver where that one gets more.
     load = max(1.0, imbalance * step.tokens / (len(step.shards) * step.device_tokens))
     if exchange == "needed":
+        load *= choosing / here.tokens
         return others + [row | {"payload_bytes": round(row["useful_payload_bytes"] * load)} for row in useful]
-    tokens = -(-step.device_tokens // layout.num_token_slices) if layout.slices_tokens else step.device_tokens
-    copies = model.experts_per_token // (model.num_groups if layout.kind == "foe" else 1)
-    streams = 1 if layout.splits_heads else model.num_groups // layout.sizes.group
-    elements = tokens * copies * streams * model.hidden_size * load
+    elements = choosing * here.choices * here.groups * here.width * load
     return others + [row | {"payload_bytes": round(elements * ITEMSIZE[model.dtype])} for row in useful]
 
 
-def _branch(model: ModelConfig, layout: Layout, step: Step, imbalance: float) -> int:
-    """Number of the smallest buffers that hold `imbalance` times what uniform routing needs between two devices."""
-    carried = -(-step.device_tokens // layout.num_token_slices) if layout.slices_tokens else step.device_tokens
+def _branch(here: Exchanged, choosing: int, layout: Layout, imbalance: float) -> int:
+    """Number of the smallest buffers that hold `imbalance` times what uniform routing of the `choosing` tokens needs
+    between two devices."""
     shards = layout.num_expert_shards
-    groups = 1 if layout.splits_heads else model.num_groups // layout.sizes.group
-    experts, k = model.num_experts // model.num_groups, model.experts_per_token // model.num_groups
-    sizes = buffer_sizes(carried, k, experts, shards, groups)
-    needed = carried * groups * expected_destinations(experts, k, shards) / shards * imbalance
+    sizes = buffer_sizes(here.tokens, here.choices, here.experts, shards, here.groups)
+    destinations = expected_destinations(here.experts, here.choices, shards)
+    needed = choosing * here.groups * destinations / shards * imbalance
     return next((index for index, size in enumerate(sizes) if size.outputs >= needed), len(sizes) - 1)
 
 

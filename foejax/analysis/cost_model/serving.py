@@ -109,6 +109,6 @@ def _cache_tokens(candidate: Candidate, cluster: Cluster) -> int:
             f"{candidate.name}: weights of {weight_bytes(model, layout) / 1e9:.1f} GB a device do not fit the "
             f"{cluster.accelerator.memory / 1e9:.0f} GB of {cluster.accelerator.name}: choose more devices"
         )
-    heads = model.num_kv_heads // layout.sizes.group
+    heads = model.num_kv_heads // layout.num_token_slices
     token_bytes = 2 * model.num_layers * heads * model.head_dim * ITEMSIZE[model.dtype]
     return int(MEMORY_FOR_CACHE * free / token_bytes) * layout.num_token_shards

@@ -24,7 +24,7 @@ class Step:
     """One launch.
 
     Attributes:
-      shards: rows of every token shard of the layout, in its order (`data`, then `expert`).
+      shards: rows of every token shard of the layout, in its order (`data`, then `expert`, in hp then `group`).
       logits_rows: tokens of each shard whose logits are computed; None is all of them, as `LanguageModel.logits` does.
       padded_tokens: tokens on every device with the padding of static shapes; 0 is what the fullest shard has.
     """
@@ -42,6 +42,11 @@ class Step:
     def tokens(self) -> int:
         """Tokens of all shards, without padding."""
         return sum(self.tokens_by_shard)
+
+    def most_tokens(self, together: int) -> int:
+        """Tokens without padding of so many shards after each other, of those that have most."""
+        counts = self.tokens_by_shard
+        return max(sum(counts[start : start + together]) for start in range(0, len(counts), together))
 
     @property
     def device_tokens(self) -> int:

@@ -29,7 +29,7 @@ def predict_training_step(
     - The forward pass's collectives twice: the transpose of each sends the same bytes.
     - Over `data`, where parameters are split: two gathers of a layer in the compute dtype, one reduce-scatter of its
       float32 gradient. Over `expert`: an all-reduce of the gradients of what is whole on its devices. Over `group`: one
-      of the embedding's, and of each layer's router.
+      of the embedding's, and of each layer's router; in hp, of all that devices with tokens of their own hold alike.
 
     Args:
       layout: parameters are split over `data`, as `train` has them (`shard_params` is not looked at).
@@ -57,31 +57,39 @@ def predict_training_step(
 
 def _gradient_rows(model: ModelConfig, layout: Layout) -> tuple[Rows, Rows]:
     """Collectives of parameters and gradients of one micro-batch: of a layer, and once."""
-    sizes, width = layout.sizes, model.hidden_size
-    whole = width * model.head_dim * (2 * model.num_query_heads + 2 * model.num_kv_heads) // sizes.group
-    router = width * model.num_experts
-    experts = 3 * width * model.expert_hidden_size * model.num_experts // (sizes.group * sizes.expert)
-    embedding, head = width * model.vocab_size, width * model.vocab_size // sizes.group
+    sizes, width, sharing, share = layout.sizes, model.hidden_size, layout.num_token_slices, layout.sizes.data
+    whole = width * model.head_dim * (2 * model.num_query_heads + 2 * model.num_kv_heads) // sharing
+    whole += 2 * width * model.latent_width
+    router = model.expert_width * model.num_experts // layout.num_head_exchangers
+    experts = model.expert_size * model.num_experts // (sizes.group * sizes.expert)
+    embedding, head = width * model.vocab_size, width * model.vocab_size // sharing
     layer, once = _data_rows(whole + router + experts, model, layout), _data_rows(embedding + head, model, layout)
-    share = sizes.data
+    if layout.exchanges_heads:
+        axes = [axis for axis in ("group", "expert") if getattr(sizes, axis) > 1]
+        if axes:
+            layer.append(_row("gradients of attention and sub-tokens", "all-reduce", axes, 4 * whole // share))
+            once.append(_row("gradients of embedding and head", "all-reduce", axes, 4 * (embedding + head) // share))
+        if sizes.expert > 1:
+            layer.append(_row("gradient of the router", "all-reduce", ["expert"], 4 * router // share))
+        return layer, once
     if sizes.expert > 1:
-        layer.append(_row("gradients of attention", "all-reduce", "expert", 4 * (whole + router) // share))
-        once.append(_row("gradients of embedding and head", "all-reduce", "expert", 4 * (embedding + head) // share))
+        layer.append(_row("gradients of attention", "all-reduce", ["expert"], 4 * (whole + router) // share))
+        once.append(_row("gradients of embedding and head", "all-reduce", ["expert"], 4 * (embedding + head) // share))
     if sizes.group > 1:
-        layer.append(_row("gradient of the router", "all-reduce", "group", 4 * router // share))
-        once.append(_row("gradient of the embedding", "all-reduce", "group", 4 * embedding // share))
+        layer.append(_row("gradient of the router", "all-reduce", ["group"], 4 * router // share))
+        once.append(_row("gradient of the embedding", "all-reduce", ["group"], 4 * embedding // share))
     return layer, once
 
 
 def _data_rows(elements: int, model: ModelConfig, layout: Layout) -> Rows:
     if layout.sizes.data == 1:
         return []
-    gathered = _row("parameters", "all-gather", "data", ITEMSIZE[model.dtype] * elements // layout.sizes.data)
-    return [gathered | {"count": 2}, _row("gradients", "reduce-scatter", "data", 4 * elements)]
+    gathered = _row("parameters", "all-gather", ["data"], ITEMSIZE[model.dtype] * elements // layout.sizes.data)
+    return [gathered | {"count": 2}, _row("gradients", "reduce-scatter", ["data"], 4 * elements)]
 
 
-def _row(what: str, op: str, axis: str, payload: int) -> dict[str, object]:
-    return {"what": what, "op": op, "axes": [axis], "count": 1, "payload_bytes": payload}
+def _row(what: str, op: str, axes: list[str], payload: int) -> dict[str, object]:
+    return {"what": what, "op": op, "axes": axes, "count": 1, "payload_bytes": payload}
 
 
 def _repeated(item: Item, times: int) -> Item:
