@@ -43,7 +43,7 @@ CASES = {
     "biased": Case(3, 17, 8, 40, 4, has_bias=True),
     "ties": Case(2, 19, 4, 50, 6, values="ties"),
     "ties_biased": Case(2, 19, 4, 50, 6, has_bias=True, values="ties"),
-    "special": Case(2, 21, 6, 12, 4, has_bias=True, values="special"),
+    "special": Case(2, 21, 6, 20, 4, has_bias=True, values="special"),
     "all_chosen": Case(2, 7, 5, 6, 6, has_bias=True),
     "one_expert": Case(1, 5, 3, 1, 1),
     "one_token": Case(4, 1, 20, 33, 2, has_bias=True),
@@ -71,7 +71,7 @@ def make_operands(case: Case, x_dtype: str = "float32", w_dtype: str = "float32"
         x[:, ::5] = np.nan
         x[:, 1::5, 0] = 0
         w[:, 0, 0], w[:, 0, 1], w[:, 0, 2] = np.inf, -np.inf, np.nan
-        bias[0, 3:10] = -np.inf
+        bias[0, 2:-2] = -np.inf
         bias[1, 3] = np.nan
     return Operands(
         jnp.asarray(x, x_dtype),

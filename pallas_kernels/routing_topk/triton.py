@@ -94,7 +94,7 @@ def tile_shape(tokens: int, experts: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _to_ordered(selection):  # type: ignore[no-untyped-def]
+def to_ordered(selection):  # type: ignore[no-untyped-def]
     """Integers in the order of the floats, NaN as -inf and -0 as +0; the smallest integer is left over."""
     selection = tl.where(selection == selection, selection, float("-inf"))
     selection = tl.where(selection == 0, 0.0, selection)
@@ -108,8 +108,8 @@ def _to_ordered(selection):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _from_ordered(ordered):  # type: ignore[no-untyped-def]
-    """The float that `_to_ordered` was given; NaN for the integer that is left over."""
+def from_ordered(ordered):  # type: ignore[no-untyped-def]
+    """The float that `to_ordered` was given; NaN for the integer that is left over."""
     if ordered.dtype == tl.int64:
         bits = ordered ^ ((ordered >> 63) & 0x7FFFFFFFFFFFFFFF)
         selection = bits.to(tl.float64, bitcast=True)
@@ -117,6 +117,65 @@ def _from_ordered(ordered):  # type: ignore[no-untyped-def]
         bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
         selection = bits.to(tl.float32, bitcast=True)
     return selection
+
+
+@triton.jit
+def take_best(  # type: ignore[no-untyped-def]
+    ordered_MT,
+    best_MC,
+    expert_T,
+    index_MC,
+    absent: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    is_streaming: tl.constexpr,
+):
+    """The highest score of a tile and of the best so far, its expert, and both without it.
+
+    Scores are ordered integers, `absent` where there is none (left); where that is the highest, the expert is any. The
+    best so far are of earlier tiles, so that there are none without streaming.
+    """
+    top_M = tl.max(ordered_MT, 1)
+    if is_streaming:
+        top_M = tl.maximum(top_M, tl.max(best_MC, 1))
+    winner_M = tl.min(tl.where(ordered_MT == top_M[:, None], expert_T[None, :], NUM_EXPERTS), 1)
+    if is_streaming:
+        # Of equals an earlier tile's expert has the lower index.
+        winner_M = tl.minimum(winner_M, tl.min(tl.where(best_MC == top_M[:, None], index_MC, NUM_EXPERTS), 1))
+        best_MC = tl.where(index_MC == winner_M[:, None], absent, best_MC)
+    ordered_MT = tl.where(expert_T[None, :] == winner_M[:, None], absent, ordered_MT)
+    return top_M, winner_M, ordered_MT, best_MC
+
+
+@triton.jit
+def store_choices(  # type: ignore[no-untyped-def]
+    best_MC,
+    index_MC,
+    value_MC,
+    token_M,
+    exists_M,
+    values_ptr,
+    indices_ptr,
+    counts_ptr,
+    margins_ptr,
+    K: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    """Writes the first K of the candidates, how many of them are valid, and the margin to the one after them.
+
+    Values are 0 already where not valid.
+    """
+    rank_C = tl.arange(0, CANDIDATES)
+    is_choice_MC = exists_M[:, None] & (rank_C < K)[None, :]
+    selection_MC = from_ordered(best_MC)
+    valid_MC = selection_MC > float("-inf")
+    offset_MC = token_M.to(tl.int64)[:, None] * K + rank_C[None, :]
+    tl.store(values_ptr + offset_MC, value_MC, mask=is_choice_MC)
+    tl.store(indices_ptr + offset_MC, index_MC, mask=is_choice_MC)
+    tl.store(counts_ptr + token_M, tl.sum((is_choice_MC & valid_MC).to(tl.int32), 1), mask=exists_M)
+    last_M = tl.sum(tl.where((rank_C == K - 1)[None, :], selection_MC, 0), 1)
+    left_M = tl.sum(tl.where((rank_C == K)[None, :], selection_MC, 0), 1)
+    gap_M = tl.where(last_M == left_M, 0, last_M - left_M)
+    tl.store(margins_ptr + token_M, tl.where(left_M > float("-inf"), gap_M, float("inf")), mask=exists_M)
 
 
 @triton.jit
@@ -153,34 +212,22 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
         selection_MT = tl.load(scores_M[:, None] + expert_T[None, :], mask=exists_MT, other=0).to(sum_type)
         if HAS_BIAS:
             selection_MT += tl.load(bias_M[:, None] + expert_T[None, :], mask=exists_MT, other=0).to(sum_type)
-        ordered_MT = tl.where(exists_MT, _to_ordered(selection_MT), absent)
+        ordered_MT = tl.where(exists_MT, to_ordered(selection_MT), absent)
         new_best_MC = tl.full((HEIGHT, CANDIDATES), absent, ordered_type)
         new_index_MC = tl.full((HEIGHT, CANDIDATES), NUM_EXPERTS, tl.int32)
         for rank in range(K + 1):
-            top_M = tl.max(ordered_MT, 1)
-            if is_streaming:
-                top_M = tl.maximum(top_M, tl.max(best_MC, 1))
-            winner_M = tl.min(tl.where(ordered_MT == top_M[:, None], expert_T[None, :], NUM_EXPERTS), 1)
-            if is_streaming:
-                # Of equals an earlier tile's expert has the lower index.
-                winner_M = tl.minimum(winner_M, tl.min(tl.where(best_MC == top_M[:, None], index_MC, NUM_EXPERTS), 1))
-                best_MC = tl.where(index_MC == winner_M[:, None], absent, best_MC)
-            ordered_MT = tl.where(expert_T[None, :] == winner_M[:, None], absent, ordered_MT)
+            top_M, winner_M, ordered_MT, best_MC = take_best(
+                ordered_MT, best_MC, expert_T, index_MC, absent, NUM_EXPERTS, is_streaming
+            )
             new_best_MC = tl.where(rank_C[None, :] == rank, top_M[:, None], new_best_MC)
             new_index_MC = tl.where(rank_C[None, :] == rank, winner_M[:, None], new_index_MC)
         best_MC, index_MC = new_best_MC, new_index_MC
+    valid_MC = from_ordered(best_MC) > float("-inf")
     is_choice_MC = exists_M[:, None] & (rank_C < K)[None, :]
-    selection_MC = _from_ordered(best_MC)
-    valid_MC = selection_MC > float("-inf")
     value_MC = tl.load(scores_M[:, None] + index_MC, mask=is_choice_MC & valid_MC, other=0)
-    offset_MC = token_M.to(tl.int64)[:, None] * K + rank_C[None, :]
-    tl.store(values_ptr + offset_MC, value_MC, mask=is_choice_MC)
-    tl.store(indices_ptr + offset_MC, index_MC, mask=is_choice_MC)
-    tl.store(counts_ptr + token_M, tl.sum((is_choice_MC & valid_MC).to(tl.int32), 1), mask=exists_M)
-    last_M = tl.sum(tl.where((rank_C == K - 1)[None, :], selection_MC, 0), 1)
-    left_M = tl.sum(tl.where((rank_C == K)[None, :], selection_MC, 0), 1)
-    gap_M = tl.where(last_M == left_M, 0, last_M - left_M)
-    tl.store(margins_ptr + token_M, tl.where(left_M > float("-inf"), gap_M, float("inf")), mask=exists_M)
+    store_choices(
+        best_MC, index_MC, value_MC, token_M, exists_M, values_ptr, indices_ptr, counts_ptr, margins_ptr, K, CANDIDATES
+    )
 
 
 @triton.jit
