@@ -9,11 +9,11 @@ Usage:
     python -m experiments.bench_kernels --list                             # the parts
 
 The operations: grouped_matmul and its gradients, expert_mlp (a layer's whole expert MLP while decoding, weights in 16
-and 8 bits), grouped_swiglu, routing_topk and combine. First the ceilings are measured (a large matmul, a large copy).
-Then each operation's most telling part runs, then each one's second, and so on. Before an operation's first part every
-contender's results are checked on the device (random data, result buffers full of NaN); who is wrong is reported and
-not timed. In a race all contenders take turns, on operands that sweep past the L2 cache, with uniform and with skewed
-group sizes. `kernel_bench/programs.py` says how device time is read.
+and 8 bits), grouped_swiglu, routing_topk, projected_topk and combine. First the ceilings are measured (a large matmul,
+a large copy). Then each operation's most telling part runs, then each one's second, and so on. Before an operation's
+first part every contender's results are checked on the device (random data, result buffers full of NaN); who is wrong
+is reported and not timed. In a race all contenders take turns, on operands that sweep past the L2 cache, with uniform
+and with skewed group sizes. `kernel_bench/programs.py` says how device time is read.
 
 FOLDER receives a JSON file per part as soon as it is done, results.json, report.md, which opens with the targets and
 whether they are met, and roofline.png; a second call does only what is missing. Results worth keeping are committed
@@ -46,11 +46,14 @@ from experiments.kernel_bench.grouped_swiglu import GROUPED_SWIGLU
 from experiments.kernel_bench.operations import BenchError, DeviceLost, Operation
 from experiments.kernel_bench.parts import Bench, Budget, OutOfTime, choose_parts, part_names, write_reports
 from experiments.kernel_bench.programs import JaxClock
+from experiments.kernel_bench.projected_topk import PROJECTED_TOPK
 from experiments.kernel_bench.races import Settings
 from experiments.kernel_bench.routing_topk import ROUTING_TOPK
 from experiments.kernel_bench.tune import tune_parts
 
-OPERATIONS: tuple[Operation, ...] = (GROUPED_MATMUL, EXPERT_MLP, GROUPED_SWIGLU, ROUTING_TOPK, COMBINE)
+OPERATIONS: tuple[Operation, ...] = (
+    GROUPED_MATMUL, EXPERT_MLP, GROUPED_SWIGLU, ROUTING_TOPK, PROJECTED_TOPK, COMBINE
+)  # fmt: skip
 """The most important first."""
 
 _TURNS, _DRY_RUN_TURNS = 5, 2

@@ -22,17 +22,19 @@ from experiments.kernel_bench.expert_mlp import EXPERT_MLP
 from experiments.kernel_bench.grouped_matmul import GROUPED_MATMUL
 from experiments.kernel_bench.grouped_swiglu import GROUPED_SWIGLU
 from experiments.kernel_bench.operations import Contender, Operation, Race, Results
+from experiments.kernel_bench.projected_topk import PROJECTED_TOPK
 from experiments.kernel_bench.races import Settings
 from experiments.kernel_bench.routing_topk import ROUTING_TOPK
 from pallas_kernels.combine.shapes import CombineShape
 from pallas_kernels.grouped_matmul.shapes import DecodeShape, ExpertMlpShape, GroupedMatmulShape
+from pallas_kernels.projected_topk.shapes import ProjectedShape
 from pallas_kernels.quantized import QuantizedWeights
 from pallas_kernels.routing_topk.shapes import RoutingShape
 
 pytestmark = pytest.mark.xdist_group("bench_operations")  # the dry run is made once
 
 DRY_RUN = Settings(on_gpu=False, tiny=True, clock="wall clock", cupti=False, turns=2, l2_bytes=0, workers=1)
-ADDED = (EXPERT_MLP, GROUPED_SWIGLU, ROUTING_TOPK, COMBINE)
+ADDED = (EXPERT_MLP, GROUPED_SWIGLU, ROUTING_TOPK, PROJECTED_TOPK, COMBINE)
 
 
 def first_races(operation: Operation) -> dict[str, Race]:
@@ -68,6 +70,7 @@ def test_dry_run_races_every_step_of_every_operation(dry_run: Path) -> None:
         "expert_mlp": {"xla", "xla, weights copied"},
         "grouped_swiglu": {"xla", "xla, unfused", "jax.lax.ragged_dot twice"},
         "routing_topk": {"xla", "jax.lax.top_k"},
+        "projected_topk": {"xla", "jnp.einsum and jax.lax.top_k"},
         "combine": {"xla", "jnp gather and einsum"},
     }
     for (operation, _), names in ran.items():
@@ -206,6 +209,14 @@ def test_work_of_what_moves_data() -> None:
     assert COMBINE.work(race, [])[:2] == (2 * 20 * 64, (20 + 10) * 64 * 2 + 20 * 8)
     backward = COMBINE.work(dataclasses.replace(race, step="backward"), [])
     assert backward[:2] == (4 * 20 * 64, (2 * 20 + 10) * 64 * 2 + 20 * 16)
+
+
+def test_work_of_routers_is_a_product_and_its_gradient_that_of_the_choices() -> None:
+    race = Race("tiny", "forward", ProjectedShape(3, 10, 16, 64, 4), ("normal",))
+    tokens_and_weights = 3 * 16 * (10 * 2 + 64 * 4)
+    assert PROJECTED_TOPK.work(race, [])[:2] == (2 * 30 * 16 * 64, tokens_and_weights + 3 * 64 * 4 + 30 * 4 * 8)
+    backward = PROJECTED_TOPK.work(dataclasses.replace(race, step="backward"), [])
+    assert backward[:2] == (4 * 30 * 16 * 4, 2 * tokens_and_weights + 30 * 4 * 8)
 
 
 def test_training_is_three_times_the_products_of_inference() -> None:
