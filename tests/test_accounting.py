@@ -152,3 +152,11 @@ def test_exchanged_sub_tokens_are_kept() -> None:
         for kind, sizes in (("hp", MeshSizes(1, 8, 1)), ("hp", MeshSizes(8, 1, 1)))
     ]
     assert kept[0] - kept[1] == tokens * 16 * 2 * 768 * 2
+
+
+def test_scores_that_are_never_written_are_not_kept() -> None:
+    config = heads_config(remat="none")
+    scored = override_config(config, {"model.router_score": "softmax", "model.router_scope": "group"})
+    layout = Layout.single_device("hp")
+    tokens = config.data.batch_size // config.training.gradient_accumulation * config.data.sequence_length
+    assert activation_bytes(scored, layout) - activation_bytes(config, layout) == tokens * 16 * 8 * 64 * 2

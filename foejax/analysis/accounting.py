@@ -53,7 +53,10 @@ class Flops:
 
     @property
     def training(self) -> float:
-        """Forward and backward: the backward pass has two matmuls for each of the forward pass."""
+        """Forward and backward: the backward pass has two matmuls for each of the forward pass.
+
+        So it is counted for routers of heads with topk_softmax too, whose backward pass needs the chosen columns alone.
+        """
         return 3 * self.forward
 
 
@@ -176,8 +179,8 @@ def activation_bytes(config: RunConfig, layout: Layout) -> int:
     - remat=dots adds every matmul's output: (q + 2 g) K + q K + s D + k (m F + W), and q T attention scores; for
       sub-tokens U + D.
     - remat=none adds what lies between: 2 s D normed streams, 2 (q + 2 g) K rotated heads, q T probabilities,
-      2 D normed residual, k (W + m F) rows of the experts and E router scores, the wide copies of norms counted twice;
-      for sub-tokens 2 U, laid out by head.
+      2 D normed residual, k (W + m F) rows of the experts and E router scores (none of heads with topk_softmax), the
+      wide copies of norms counted twice; for sub-tokens 2 U, laid out by head.
 
     To these come the logits of one chunk of the cross-entropy in float32, forward and backward. The compiler may fuse
     some of it away or (XLA on CPU) keep wider copies: expect the right order, not the last digit.
@@ -198,7 +201,7 @@ def activation_bytes(config: RunConfig, layout: Layout) -> int:
         elements += latent + width if latent else 0
     if config.training.remat == "none":
         elements += 4 * carried * (streams + 1) * width + 4 * (q + 2 * g) * head + q * sequence
-        elements += k * row + carried * model.num_experts + 2 * latent
+        elements += k * row + 2 * latent + (0 if model.streams_scores else carried * model.num_experts)
     itemsize = {"bfloat16": 2, "float32": 4, "float64": 8}[model.dtype]
     chunk = min(2048, tokens / sharing)
     return round(tokens * model.num_layers * elements * itemsize + 2 * chunk * model.vocab_size * 4)

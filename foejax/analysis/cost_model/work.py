@@ -53,8 +53,8 @@ def layer_parts(model: ModelConfig, layout: Layout, step: Step, imbalance: float
 
     - projections: 2 D K (2 q + 2 g) N FLOPs; the weights, s N D in and out, 2 N K (q + g) between.
     - attention: 4 q K FLOPs a query-key pair (causal ones alone); keys and values of every row once, queries, outputs.
-    - router: 2 W E n FLOPs in float32; its weight and the scores. An FoE device routes for all groups; one of hp for
-      its own heads alone, but sub-tokens of all devices that exchange them.
+    - router: 2 W E n FLOPs in float32; its weight and the scores, which heads with topk_softmax do not write. An FoE
+      device routes for all groups; one of hp for its own heads alone, but sub-tokens of all devices that exchange them.
     - experts: 6 W F R FLOPs, with GELU 4 W F R; the weights of experts that are touched, and (4 W + 2 F) R for rows
       gathered, computed, written and combined.
     - norms and sums: no FLOPs counted; (4 s + 5) n D for streams formed, normed and merged, and 4 U n where sub-tokens
@@ -73,6 +73,7 @@ def layer_parts(model: ModelConfig, layout: Layout, step: Step, imbalance: float
     weights = width * head * (2 * q + 2 * g)
     rows, touched = _expert_rows(model, layout, step)
     rows *= imbalance if layout.num_expert_shards > 1 else 1.0
+    scores = 0 if model.streams_scores else model.num_experts * carried
     row_elements = 4 * model.expert_width + 2 * model.expert_hidden_size
     parts = [
         Part(
@@ -89,7 +90,7 @@ def layer_parts(model: ModelConfig, layout: Layout, step: Step, imbalance: float
         Part(
             "router",
             2.0 * model.expert_width * model.num_experts * carried,
-            4 * (_router_weights(model, layout) + model.num_experts * carried),
+            4 * (_router_weights(model, layout) + scores),
             "float32",
         ),
         Part("experts", 2.0 * model.expert_size * rows, item * (touched * model.expert_size + rows * row_elements)),
