@@ -8,6 +8,7 @@ import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -83,7 +84,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
     return Compiler(monkeypatch).compiled
 
 
-def compile_step(case: Case, x_dtype: str) -> jax.stages.Compiled:
+def compile_step(case: Case, x_dtype: str, implementation: str = "triton") -> jax.stages.Compiled:
     """Choices and gradients for an H200."""
     stacks, tokens, features, experts, k, has_bias, _ = case
     x = jax.ShapeDtypeStruct((stacks, tokens, features), x_dtype)
@@ -94,7 +95,7 @@ def compile_step(case: Case, x_dtype: str) -> jax.stages.Compiled:
 
     def run(x: jax.Array, w: jax.Array, bias: jax.Array | None, cotangent: jax.Array) -> Any:
         operands = test_projected_topk.Operands(x, w, bias, cotangent)
-        return test_projected_topk.choices_and_gradients(operands, k=k, implementation="triton")
+        return test_projected_topk.choices_and_gradients(operands, k=k, implementation=implementation)
 
     return compile_for_h200(run, x, w, bias if has_bias else None, cotangent)
 
@@ -112,7 +113,7 @@ def compile_step(case: Case, x_dtype: str) -> jax.stages.Compiled:
     ids=str,
 )
 def test_compiles_for_h200(compiled: list[Kernel], case: Case, x_dtype: str, tmp_path: Path) -> None:
-    """Without tensor cores, atomics, spills or stack; no array holds all logits, in the gradient neither."""
+    """Without tensor cores, atomics, spills or stack."""
     program = compile_step(case, x_dtype)
     assert (program.as_text() or "").count('custom_call_target="triton_kernel_call"') == 2
     choose, combine = compiled
@@ -122,10 +123,13 @@ def test_compiles_for_h200(compiled: list[Kernel], case: Case, x_dtype: str, tmp
         assert_fits_registers_and_memory(kernel, tmp_path)
 
 
-def test_for_h200_no_array_holds_all_logits(compiled: list[Kernel]) -> None:
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_for_h200_no_array_holds_all_logits(compiled: list[Kernel], implementation: str) -> None:
     case = Case(4, 1 << 16, 64, 1024, 4, has_bias=True)
     logits_bytes = case.stacks * case.tokens * case.experts * 4
-    assert compile_step(case, "bfloat16").memory_analysis().temp_size_in_bytes < logits_bytes / 8
+    program = compile_step(case, "bfloat16", implementation)
+    assert program.memory_analysis().temp_size_in_bytes < logits_bytes / 8
+    assert len(compiled) == (2 if implementation == "triton" else 0)
 
 
 def test_inside_shard_map_results_vary_as_all_operands_together(compiled: list[Kernel]) -> None:
@@ -146,6 +150,16 @@ def test_inside_shard_map_results_vary_as_all_operands_together(compiled: list[K
     shapes = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((2, 32, 16), (2, 16, 24)))
     assert (sharded.lower(*shapes).compile().as_text() or "").count("all-reduce") >= 2
     assert len(compiled) == 2
+
+
+def test_a_cuda_gpu_gets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And XLA what Triton refuses."""
+    device = SimpleNamespace(platform="gpu", compute_capability="8.0")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 8, 16), (2, 16, 64)))
+    for k, starts in ((4, True), (40, False)):
+        program = str(jax.make_jaxpr(functools.partial(projected_topk, k=k))(x, w))
+        assert ("triton_kernel_call" in program) == starts
 
 
 def test_refusals_name_the_reason_and_who_can() -> None:
