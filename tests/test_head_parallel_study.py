@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from experiments.head_parallel import load, loss, speed, wire
 from experiments.head_parallel.__main__ import main
@@ -20,9 +19,7 @@ from experiments.head_parallel.paired import best_rates, interval, losses_by_see
 from experiments.head_parallel.report import write_report
 from experiments.head_parallel.results import PARTS, open_part, read_part, write_part
 from foejax.analysis.accounting import account
-from foejax.api import build
 from foejax.cli import report_errors
-from foejax.evaluation.evaluate import split_model
 from foejax.models.expert_parallel import buffer_sizes
 from sharding import Layout
 
@@ -88,25 +85,26 @@ def speed_part() -> dict[str, Any]:
     return {"facts": FACTS, "settings": {"turns": 3, "sequences": 8, "context": 8}, "runs": runs}
 
 
-def load_part(with_rule: float) -> dict[str, Any]:
+def load_part(*with_rule: float) -> dict[str, Any]:
+    """Where the busiest experts end: at 2.5 times the mean without the rule."""
     runs = [
         {
-            "skewed": skewed,
-            "rule": rule,
+            "rate": 0.1 * index,
+            "learning_rate": 0.01,
+            "most": 4.0,
             "validation_loss": 2.0,
             "steps": [3.0, 2.0],
-            "largest_over_mean": [[with_rule if rule else 2.5] * 8],
-            "smallest_over_mean": [[0.5] * 8],
+            "largest": [[end] * 8],
+            "smallest": [[0.5] * 8],
         }
-        for skewed in (False, True)
-        for rule in (False, True)
+        for index, end in enumerate((2.5, *with_rule))
     ]
-    return {"facts": FACTS, "settings": {"steps": 2, "rate": 0.01}, "runs": runs}
+    return {"facts": FACTS, "settings": {"steps": 2, "rates": [0.0, 0.1, 0.2]}, "runs": runs}
 
 
 def all_parts() -> dict[str, dict[str, Any]]:
     sent = bytes_part({1: 110.0, 4: 300.0}, {1: 100.0, 4: 100.0}, {8: 350.0})
-    return dict(zip(PARTS, (sent, loss_part(0.3), speed_part(), load_part(1.1)), strict=True))
+    return dict(zip(PARTS, (sent, loss_part(0.3), speed_part(), load_part(1.1, 1.2)), strict=True))
 
 
 # The report
@@ -178,10 +176,18 @@ def test_findings_follow_the_losses(shift: float, side: str) -> None:
     assert best in text
 
 
-@pytest.mark.parametrize(("end", "effect"), [(1.1, "brings it nearer"), (2.6, "does not bring it nearer")])
-def test_findings_follow_the_load(end: float, effect: str) -> None:
-    text = conclusion({"bytes": None, "loss": None, "speed": None, "load": load_part(end)}, [])
-    assert text.count(f"at {end:.2f} times the mean with the bias rule and 2.50 without: the rule {effect}") == 2
+@pytest.mark.parametrize(
+    ("ends", "effect"),
+    [
+        ((1.1, 1.2), "drives the load towards uniform at every rate"),
+        ((2.6, 1.2), "drives the load towards uniform at 0.2"),
+        ((2.6, 2.7), "does not drive the load towards uniform"),
+    ],
+)
+def test_findings_follow_the_load(ends: tuple[float, float], effect: str) -> None:
+    text = conclusion({"bytes": None, "loss": None, "speed": None, "load": load_part(*ends)}, [])
+    assert "ends (median) at 2.50 times the mean without the bias rule, of 4 at most" in text
+    assert f"with it at {ends[0]:.2f} at 0.1, {ends[1]:.2f} at 0.2: the rule {effect}." in text
 
 
 # Pairs of runs
@@ -247,17 +253,9 @@ def test_jobs_differ_in_rate_and_seed_alone() -> None:
     assert config.training.num_steps == 4 and config.mesh.devices == 1
 
 
-def test_a_skewed_start_widens_the_preferred_logits() -> None:
-    _, params, _ = split_model(build(model_config("mhlmoe", {"mesh.devices": 1}, quick=True)))
-    before, after = (nnx.to_pure_dict(each) for each in (params, load.widen_preferred(params, 2)))
-    changed = [
-        (old, new)
-        for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True)
-        if not np.array_equal(old, new)
-    ]
-    ((old_LSKE, new_LSKE),) = changed
-    assert old_LSKE.shape == (1, 8, 16, 4)
-    np.testing.assert_array_equal(new_LSKE, np.asarray(old_LSKE) * np.array([10, 10, 1, 1], np.float32))
+def test_shares_are_of_the_mean_of_a_head() -> None:
+    shares = load.shares_of_heads(np.array([[1.0, 3.0, 5.0, 5.0]]), heads=2)
+    np.testing.assert_array_equal(shares, [[[0.5, 1.5], [1.0, 1.0]]])
 
 
 def test_ratios_are_taken_within_a_turn() -> None:

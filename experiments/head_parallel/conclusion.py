@@ -157,19 +157,23 @@ def _two_hosts_findings(runs: Sequence[Run]) -> list[str]:
 
 
 def _load_findings(runs: Sequence[Run]) -> list[str]:
-    lines = []
-    for skewed in (False, True):
-        both = {run["rule"]: run for run in runs if run["skewed"] == skewed}
-        if len(both) < 2:
-            continue
-        ends = {rule: float(np.median(run["largest_over_mean"])) for rule, run in both.items()}
-        effect = "brings it nearer to uniform" if ends[True] < ends[False] else "does not bring it nearer to uniform"
-        lines.append(
-            f"Load inside heads from {'a skewed' if skewed else 'an even'} start: the busiest expert of a head ends "
-            f"(median) at {ends[True]:.2f} times the mean with the bias rule and {ends[False]:.2f} without: the rule "
-            f"{effect}."
-        )
-    return lines
+    """The run without the bias rule against the one with it that ends most even."""
+    without = next((run for run in runs if not run["rate"]), None)
+    others = [run for run in runs if run["rate"]]
+    if without is None or not others:
+        return []
+    ends = {run["rate"]: float(np.median(run["largest"])) for run in sorted(others, key=lambda run: run["rate"])}
+    off, listed = (
+        float(np.median(without["largest"])),
+        ", ".join(f"{end:.2f} at {rate:g}" for rate, end in ends.items()),
+    )
+    nearer = [rate for rate, end in ends.items() if end < off]
+    effect = "at every rate" if len(nearer) == len(ends) else "at " + ", ".join(f"{rate:g}" for rate in nearer)
+    verdict = f"drives the load towards uniform {effect}" if nearer else "does not drive the load towards uniform"
+    return [
+        f"Load inside heads: the busiest expert of a head ends (median) at {off:.2f} times the mean without the bias "
+        f"rule, of {without['most']:g} at most, and with it at {listed}: the rule {verdict}."
+    ]
 
 
 def _choice_by_bytes(runs: Sequence[Run]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FormatStrFormatter
 
 from experiments.head_parallel.models import NAMES
 from experiments.head_parallel.paired import best_rates
@@ -26,9 +26,11 @@ def plot_bytes(found: Found, path: Path) -> None:
     """Bytes per token against experts per token, for each compiled program."""
     runs = found["runs"]
     programs = [program for program in ("forward", "train_step") if program in runs[0]]
-    figure = Figure(figsize=(5.5 * len(programs), 4.6), layout="constrained")
-    for axes, program in zip(figure.subplots(1, len(programs), squeeze=False)[0], programs, strict=True):
+    figure = Figure(figsize=(5.5 * len(programs), 5.0), layout="constrained")
+    panels = figure.subplots(1, len(programs), squeeze=False)[0]
+    for axes, program in zip(panels, programs, strict=True):
         _bytes_panel(axes, runs, program)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -47,13 +49,12 @@ def _bytes_panel(axes: Any, runs: Sequence[Run], program: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(ScalarFormatter())
+        axis.set_major_formatter(FormatStrFormatter("%g"))
     axes.set_xticks(sorted({run["k"] for run in runs}))
     axes.set_xlabel("experts per token, k")
     axes.set_ylabel("sent per token, all devices together (KiB)")
     axes.set_title(PROGRAMS[program].capitalize())
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
 
 
 def plot_losses(found: Found, sweep_seed: int, path: Path) -> None:
@@ -95,10 +96,11 @@ def _running_mean(losses: Sequence[float]) -> np.ndarray:
 
 
 def plot_speed(found: Found, path: Path) -> None:
-    """Step times over FoE's: medians of the turns as bars, quartiles as lines."""
+    """Step times over FoE's: medians of the turns as bars, quartiles as lines; the last panel has all contenders."""
     counts = sorted({run["devices"] for run in found["runs"]})
-    figure = Figure(figsize=(5.5 * len(counts), 4.2), layout="constrained")
-    for axes, count in zip(figure.subplots(1, len(counts), squeeze=False, sharey=True)[0], counts, strict=True):
+    figure = Figure(figsize=(5.5 * len(counts), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
+    for axes, count in zip(panels, counts, strict=True):
         runs = [run for run in found["runs"] if run["devices"] == count]
         names = list(runs[0]["ratios"])
         width = 0.8 / len(names)
@@ -110,23 +112,24 @@ def plot_speed(found: Found, path: Path) -> None:
         axes.set_ylabel("step time over FoE's")
         axes.set_title(f"{count} simulated device{'s' if count > 1 else ''}")
         axes.grid(alpha=0.3, axis="y")
-        axes.legend(fontsize=8)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def plot_load(found: Found, path: Path) -> None:
-    """Busiest expert over the mean, step by step, with the bias rule and without it."""
+    """Busiest expert over the mean, step by step, for every rate of the bias rule."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
-    for run in sorted(found["runs"], key=lambda run: (run["skewed"], run["rule"])):
-        label = f"{'skewed' if run['skewed'] else 'even'} start, {'with' if run['rule'] else 'without'} the bias rule"
-        style = "-" if run["rule"] else "--"
-        steps = range(1, len(run["steps"]) + 1)
-        axes.plot(steps, run["steps"], style, color="C3" if run["skewed"] else "C0", label=label)
-    axes.axhline(1.0, color="grey", linewidth=1)
+    runs = sorted(found["runs"], key=lambda run: run["rate"])
+    for run in runs:
+        label = f"bias rule, rate {run['rate']:g}" if run["rate"] else "without the bias rule"
+        axes.plot(range(1, len(run["steps"]) + 1), run["steps"], "-" if run["rate"] else "--", label=label)
+    axes.axhline(runs[0]["most"], color="grey", linewidth=1, linestyle=":", label="all tokens with the same experts")
+    axes.axhline(1.0, color="grey", linewidth=1, label="uniform")
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("tokens of the busiest expert over the mean")
-    axes.set_title("Load over all experts of all heads, mean of the layers; 1 is uniform")
+    axes.set_title("Load over all experts of all heads, mean of the layers")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

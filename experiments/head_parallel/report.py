@@ -69,11 +69,11 @@ def _bytes_section(found: Found) -> str:
     text = (
         f"From the compiled programs (`sharding.audit`) of models of width {sizes['width']} with {sizes['layers']} "
         f"layers on {DEVICES} devices, {sizes['rows'] * sizes['length']:,} tokens a step, bfloat16 as written: "
-        f"{sizes['experts']} experts, for `hp` of each of the {DEVICES} heads, whose k is of a head (with sub-tokens of "
-        f"1/{DEVICES} of the width equal k take equal shares of the experts). Bytes are what all devices together "
+        f"{sizes['experts']} experts, for `hp` of each of the {DEVICES} heads, whose k is of a head (with sub-tokens "
+        f"of 1/{DEVICES} of the width equal k take equal shares of the experts). Bytes are what all devices together "
         "send on rings for a token of the batch, which is what one device sends for a token of its share. Activations "
         "alone: tokens, their expert indices and weights, and their gradients. `ep` compiles several buffer sizes, "
-        "each step takes the smallest that holds its tokens: both ends are given, and what uniform routing "
+        "of which a step takes the smallest that holds its tokens: both ends are given, and what uniform routing "
         "needs without padding. Without de-duplication: a copy of a token for each of its experts."
     )
     header = ["layout", "k", "bytes per token", "needed (formula)", "a copy per expert", "exchanges", "all collectives"]
@@ -117,10 +117,11 @@ def _loss_section(found: Found) -> str:
     first = runs[0]
     text = (
         f"`{'`, `'.join(CONFIGS[model] for model in models)}` on one device, {settings['steps']} steps, "
-        f"{first['tokens']:,} tokens each (chosen so that the whole part takes less than half an hour on two cores). "
+        f"{first['tokens']:,} tokens in all (so few that the whole part takes less than half an hour on two cores). "
         f"Each model tried the learning rates {', '.join(f'{rate:g}' for rate in settings['rates'])} with seed "
         f"{SWEEP_SEED}, and ran the best with {_count(len(settings['seeds']), 'other seed')}, of weights, held-out "
-        "split and order of the data, the same for all models. Validation loss in nats per token, on the whole split."
+        "split and order of the data, the same for all models. MoE and FoE balance by their auxiliary loss, the "
+        "Multi-Head LatentMoEs by the bias rule. Validation loss: cross-entropy in nats per token, on the whole split."
     )
     sweep = [
         [
@@ -239,30 +240,36 @@ def _two_hosts_table(runs: Sequence[Run]) -> str:
 
 
 def _load_section(found: Found) -> str:
-    settings = found["settings"]
+    settings, runs = found["settings"], _by_rate(found["runs"])
     text = (
-        f"`mhlmoe_tiny`, {settings['steps']} steps, no auxiliary loss; the bias rule on (rate {settings['rate']:g}) or "
-        "off. Even start: as initialised. Skewed start: the router's weights of the first k experts of every head are "
-        "10 times as large, so that those are mostly chosen. What a head's busiest and idlest experts get at the "
-        "end, on the validation split, over the mean of the head: median over heads and layers, and the worst."
+        f"`mhlmoe_tiny` from its initial weights, {settings['steps']} steps at a learning rate of "
+        f"{runs[0]['learning_rate']:g}, no auxiliary loss; the bias rule without and with several step sizes "
+        f"(`training.router_bias_rate`). Largest over mean: tokens of the busiest expert of a layer over the mean; "
+        f"{runs[0]['most']:g} is the most there can be, all tokens with the same experts. At the end, of each head on "
+        "the validation split: its busiest and its idlest expert over the mean, median over heads and layers, and the "
+        "worst."
     )
     rows = []
-    for run in sorted(found["runs"], key=lambda run: (run["skewed"], run["rule"])):
-        largest, smallest = np.ravel(run["largest_over_mean"]), np.ravel(run["smallest_over_mean"])
+    for run in runs:
+        largest, smallest = np.ravel(run["largest"]), np.ravel(run["smallest"])
         rows.append(
             [
-                "skewed" if run["skewed"] else "even",
-                "on" if run["rule"] else "off",
+                f"{run['rate']:g}" if run["rate"] else "off",
                 f"{run['steps'][0]:.2f}",
+                f"{max(run['steps']):.2f}",
                 f"{run['steps'][-1]:.2f}",
-                f"{np.median(largest):.2f}, worst {largest.max():.2f}",
-                f"{np.median(smallest):.2f}, worst {smallest.min():.2f}",
+                f"{np.median(largest):.2f}, {largest.max():.2f}",
+                f"{np.median(smallest):.2f}, {smallest.min():.2f}",
                 f"{run['validation_loss']:.4f}",
             ]
         )
-    header = ["start", "rule", "largest over mean, step 1", "last step", "busiest of a head at the end"]
-    header += ["idlest of a head", "validation loss"]
+    header = ["bias rule", "largest over mean, step 1", "most in the run", "last step", "busiest: median, worst"]
+    header += ["idlest: median, worst", "validation loss"]
     return text + "\n\n" + table(header, rows)
+
+
+def _by_rate(runs: Sequence[Run]) -> list[Run]:
+    return sorted(runs, key=lambda run: run["rate"])
 
 
 def _count(number: int, noun: str) -> str:
