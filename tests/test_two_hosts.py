@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.timed_programs import PROGRAMS
 from experiments.two_hosts import link, measure, report
 from experiments.two_hosts.__main__ import main
-from experiments.two_hosts.cases import CASES, PROGRAMS, QUICK, Case, Sizes, as_options, parameter_counts, run_config
+from experiments.two_hosts.cases import CASES, QUICK, Case, Sizes, as_options, parameter_counts, run_config
 from experiments.two_hosts.worker import Worker
 from foejax.cli import report_errors
 from foejax.models.expert_parallel import buffer_sizes

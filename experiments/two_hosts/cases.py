@@ -11,7 +11,7 @@ from sharding import Layout
 from sharding.mesh import LayoutKind, MeshSizes
 
 DEVICES_PER_HOST = 4
-PROGRAMS = ("forward", "train_step", "decode_step")
+
 HEADS = 8
 """Groups of the FoE, heads of the Multi-Head LatentMoE."""
 

@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from experiments.serving_bench.line_protocol import AnsweringProcess, ContenderFailed
-from experiments.two_hosts.cases import DEVICES_PER_HOST, PROGRAMS, Case, Sizes, as_options
+from experiments.timed_programs import PROGRAMS
+from experiments.two_hosts.cases import DEVICES_PER_HOST, Case, Sizes, as_options
 from experiments.two_hosts.link import ADDRESSES, HOSTS, TwoHosts, inside
 from foejax.devices import simulated_environment
 
