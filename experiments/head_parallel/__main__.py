@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, default=Path("runs/head_parallel"), help="default: runs/head_parallel")
     parser.add_argument("--jobs", type=int, default=2, help="training runs at a time; default: 2")
     parser.add_argument("--steps", type=int, help="of the runs of the loss; default: 200")
-    parser.add_argument("--rates", type=_rates, help="learning rates of the sweep, default: 0.004,0.008,0.016")
+    parser.add_argument("--rates", type=_rates, help="learning rates of the sweep, default: 0.002,0.004,0.008,0.016")
     return parser
 
 

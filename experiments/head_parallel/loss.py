@@ -30,7 +30,7 @@ class Settings:
     """
 
     steps: int = 200
-    rates: tuple[float, ...] = (0.004, 0.008, 0.016)
+    rates: tuple[float, ...] = (0.002, 0.004, 0.008, 0.016)
     seeds: tuple[int, ...] = (1, 2, 3)
     quick: bool = False
 
