@@ -90,7 +90,6 @@ def load_part(*with_rule: float) -> dict[str, Any]:
     runs = [
         {
             "rate": 0.1 * index,
-            "learning_rate": 0.01,
             "most": 4.0,
             "validation_loss": 2.0,
             "steps": [3.0, 2.0],
@@ -99,7 +98,7 @@ def load_part(*with_rule: float) -> dict[str, Any]:
         }
         for index, end in enumerate((2.5, *with_rule))
     ]
-    return {"facts": FACTS, "settings": {"steps": 2, "rates": [0.0, 0.1, 0.2]}, "runs": runs}
+    return {"facts": FACTS, "settings": {"steps": 2, "learning_rate": 0.002, "rates": [0.0, 0.1, 0.2]}, "runs": runs}
 
 
 def all_parts() -> dict[str, dict[str, Any]]:
@@ -127,9 +126,9 @@ def test_the_report_holds_the_figures_of_all_parts(tmp_path: Path) -> None:
 
 def test_a_report_says_what_has_not_run(tmp_path: Path) -> None:
     assert report_errors(lambda: main(["--out", str(tmp_path / "hp"), "--part", "report"])) == 0
-    text = (tmp_path / "hp.md").read_text()
-    assert text.count("Not run yet: `python -m experiments.head_parallel") == 4
-    assert "Nothing has been measured yet." in text
+    assert (tmp_path / "hp.md").read_text().count("Not run yet: `python -m experiments.head_parallel") == 4
+    write_report(tmp_path / "hp", two_hosts=tmp_path / "none.json")
+    assert "Nothing has been measured yet." in (tmp_path / "hp.md").read_text()
 
 
 def test_two_hosts_are_taken_from_their_own_measurement(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,18 @@ class Settings:
     """What is trained.
 
     Attributes:
+      learning_rate: so high that routers without the rule soon send all tokens to the same experts.
       rates: step sizes of the bias rule, a run each; 0 is without it.
     """
 
     steps: int = 200
+    learning_rate: float = 0.01
     rates: tuple[float, ...] = (0.0, 0.01, 0.1, 0.5)
     quick: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {"steps": self.steps, "rates": list(self.rates), "quick": self.quick}
+        return asdict(self) | {"rates": list(self.rates)}
 
 
 QUICK = Settings(steps=4, rates=(0.0, 0.1), quick=True)
@@ -66,6 +68,7 @@ def train_one(job: Job) -> dict[str, Any]:
     overrides = {
         "mesh.devices": 1,
         "training.num_steps": job.settings.steps,
+        "training.learning_rate": job.settings.learning_rate,
         "training.router_bias_rate": job.rate,
         "training.eval_every": 0,
         "training.checkpoint_every": 0,
@@ -79,7 +82,6 @@ def train_one(job: Job) -> dict[str, Any]:
     shares_LSE = shares_of_heads(found.tokens_per_expert, config.model.num_ffn_heads)
     return {
         "rate": job.rate,
-        "learning_rate": config.training.learning_rate,
         "most": config.model.num_experts / config.model.experts_per_token,
         "validation_loss": found.loss,
         "steps": [round(line["load_imbalance"], 4) for line in read_metrics(folder) if "load_imbalance" in line],

@@ -23,8 +23,8 @@ Run = Mapping[str, Any]
 Found = Mapping[str, Any]
 
 TWO_HOSTS = Path(__file__).parents[1] / "results" / "two_hosts" / "two_hosts.json"
-BASELINE = "moe"
-"""The model against which the losses of the others are set."""
+PAPERS_RATE = 50
+"""Step size of the bias rule over the learning rate in the code of arXiv 2602.04870."""
 
 
 def write_report(folder: Path, two_hosts: Path = TWO_HOSTS) -> None:
@@ -117,7 +117,7 @@ def _loss_section(found: Found) -> str:
     first = runs[0]
     text = (
         f"`{'`, `'.join(CONFIGS[model] for model in models)}` on one device, {settings['steps']} steps, "
-        f"{first['tokens']:,} tokens in all (so few that the whole part takes less than half an hour on two cores). "
+        f"{first['tokens']:,} tokens in all (so few that the whole part takes half an hour on two cores). "
         f"Each model tried the learning rates {', '.join(f'{rate:g}' for rate in settings['rates'])} with seed "
         f"{SWEEP_SEED}, and ran the best with {_count(len(settings['seeds']), 'other seed')}, of weights, held-out "
         "split and order of the data, the same for all models. MoE and FoE balance by their auxiliary loss, the "
@@ -243,12 +243,15 @@ def _load_section(found: Found) -> str:
     settings, runs = found["settings"], _by_rate(found["runs"])
     text = (
         f"`mhlmoe_tiny` from its initial weights, {settings['steps']} steps at a learning rate of "
-        f"{runs[0]['learning_rate']:g}, no auxiliary loss; the bias rule without and with several step sizes "
+        f"{settings['learning_rate']:g}, no auxiliary loss; the bias rule without and with several step sizes "
         f"(`training.router_bias_rate`). Largest over mean: tokens of the busiest expert of a layer over the mean; "
         f"{runs[0]['most']:g} is the most there can be, all tokens with the same experts. At the end, of each head on "
         "the validation split: its busiest and its idlest expert over the mean, median over heads and layers, and the "
         "worst."
     )
+    papers_rate = PAPERS_RATE * settings["learning_rate"]
+    if any(run["rate"] == papers_rate for run in runs):
+        text += f" {papers_rate:g} is {PAPERS_RATE} times the learning rate, the paper's rule."
     rows = []
     for run in runs:
         largest, smallest = np.ravel(run["largest"]), np.ravel(run["smallest"])
