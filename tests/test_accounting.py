@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from tiny import with_heads
 
 from foejax.analysis.accounting import account, activation_bytes, flops_per_token
 from foejax.config import MeshConfig, RunConfig, load_config, override_config
 from foejax.training.run import make_layout
 from sharding import Layout
 from sharding.mesh import MeshSizes
-from tests.tiny import with_heads
 
 HEADS = 8
 SIZES = ("tiny", "1b", "7b")
@@ -44,6 +44,20 @@ def test_matched_configs_differ_in_groups_and_layout_only(size: str) -> None:
             config["training"].pop("learning_rate")
     for section in ("model", "data", "training"):
         assert foe[section] == moe[section]
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("tiny", 0.01, 0.01), ("1b", 0.01, 0.01), ("tiny_fine", 0.011, 0.02), ("1b_fine", 0.01, 0.01)],
+)
+def test_heads_of_experts_weigh_what_the_moe_does(name: str, total: float, active: float) -> None:
+    """The finer ones have larger routers, which count in a tiny model."""
+    heads, moe = (
+        account(load_config(config), Layout.single_device("fsdp"))
+        for config in (f"mhlmoe_{name}", f"moe_{name.removesuffix('_fine')}")
+    )
+    assert heads.parameters == pytest.approx(moe.parameters, rel=total)
+    assert heads.active_parameters == pytest.approx(moe.active_parameters, rel=active)
 
 
 @pytest.mark.parametrize("name", ["foe_1b", "moe_7b", "foe_tiny"])

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from tiny import tiny_config, with_heads
 
 from foejax.analysis.accounting import flops_per_token
 from foejax.analysis.cost_model.cluster import Cluster, read_cluster
@@ -18,7 +19,6 @@ from foejax.analysis.expected_collectives import expected_collectives
 from foejax.config import ConfigError, ModelConfig, load_config
 from sharding import Layout
 from sharding.mesh import LayoutKind, MeshSizes
-from tests.tiny import tiny_config, with_heads
 
 FOE = load_config("foe_7b").model
 MOE = load_config("moe_7b").model

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tiny import packed_batch, tiny_config, tiny_model
 
 from foejax.analysis.load_balance import load_balance, routing_of
 from sharding.mesh import MeshSizes
-from tests.tiny import packed_batch, tiny_config, tiny_model
 
 FOUR = MeshSizes(1, 1, 4)
 

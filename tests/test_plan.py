@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from tiny import with_heads
 
 from foejax.analysis.cost_model.cluster import read_cluster
 from foejax.analysis.cost_model.matched import candidates, matched_models
@@ -24,7 +25,6 @@ from foejax.serving.step_plan import Row as PlannedRow
 from foejax.serving.step_plan import StepPlan
 from sharding import Layout
 from sharding.mesh import MeshSizes
-from tests.tiny import with_heads
 
 FOE = load_config("foe_7b")
 ONE_HOST, TWO_HOSTS = read_cluster("8xH100"), read_cluster("2x8xH100")
