@@ -106,11 +106,13 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     from experiments import expert_budgets_report as report
     from foejax.api import load
+    from foejax.serving.expert_budget import check_scores
 
     folders = {path.name: path for folder in options.folders for path in model_folders(folder)}
     curves: list[dict[str, Any]] = []
     for name, folder in folders.items():
         loaded = load(folder, devices=1)
+        check_scores(loaded.model.config)
         for tokens in options.tokens_per_step:
             batches = list(held_out_batches(loaded, tokens, options.rows))
             for policy in policies(loaded.model, quick=options.quick):
@@ -175,9 +177,9 @@ def policies(model: LanguageModel, *, quick: bool) -> list[Policy]:
     found = [Policy()]
     if quick:
         return found
-    if config.experts_per_token // config.num_groups > 1:
+    if config.experts_per_stack > 1:
         found.append(Policy(warm_up=1))
-    if config.num_groups == 1 and config.num_experts % DEVICES == 0:
+    if config.num_stacks == 1 and config.num_experts % DEVICES == 0:
         found.append(Policy(parts=DEVICES))
     return found
 
@@ -203,7 +205,7 @@ def measure(
     from flax import nnx
 
     config = model.config
-    parts = config.num_groups * policy.parts
+    parts = config.num_stacks * policy.parts
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state, batch, size: batch_sums(nnx.merge(graphdef, state), batch, size, policy))
     found: dict[int, Sums] = {}
@@ -331,7 +333,7 @@ def curve(name: str, model: LanguageModel, tokens: int, policy: Policy, points: 
         "num_groups": config.num_groups,
         "tokens_per_step": tokens,
         "warm_up": policy.warm_up,
-        "devices_with_a_budget": config.num_groups * policy.parts if config.num_groups * policy.parts > 1 else 1,
+        "devices_with_a_budget": config.num_stacks * policy.parts,
         "label": policy.label(),
         "expected_distinct_at_random": expected_distinct_experts(config.num_experts, config.experts_per_token, tokens),
         "points": [asdict(point) for point in points],

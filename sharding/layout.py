@@ -328,7 +328,7 @@ class Layout:
 
     @property
     def num_token_shards_of_experts(self) -> int:
-        """Parts of the batch whose tokens meet in the same copy of the experts."""
+        """Parts of the routed tokens that meet in the same copy of the experts."""
         return self.mesh.shape[EXPERT]
 
     @property

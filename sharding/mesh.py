@@ -112,7 +112,12 @@ def _derive(axis: str, num_devices: int, data: int, parts: int, field: str) -> i
     """Size of a model axis: all devices left by `data`, or the parts of the model if those are fewer."""
     left = num_devices // data if data else num_devices
     if left % parts == 0:
-        return parts if data == 0 else left
+        if data and left > parts:
+            raise ValueError(
+                f"mesh.data={data} leaves {left} devices to {field}={parts}: leave mesh.data at 0, and it takes the "
+                "rest, or use another mesh.devices"
+            )
+        return parts
     if parts % left == 0:
         return left
     raise ValueError(

@@ -194,6 +194,9 @@ def test_an_exchange_inside_heads_sends_the_sub_tokens_that_came_together() -> N
         heads = [row["payload_bytes"] for row in per_layer if row["axes"] == ["group"]]
         assert heads == [1024 * 2048 * 2] * 2
     assert sent == [1024 * 8 * 512 * 2, 4 * 1024 * 8 * 512 * 2]
+    # The device with four times the mean of eight gets half of the full exchange, more than one that sends a quarter.
+    uneven, _ = collective_rows(model, layout, prefill_step(1024, 8), exchange="copies", imbalance=4.0)
+    assert next(row["payload_bytes"] for row in uneven if row["what"] == "tokens to their experts") == sent[1] // 2
 
 
 def test_one_long_prompt_is_one_shards_work() -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config
+from tiny import config_for, tiny_config
 
 from foejax.config import ConfigError
 from foejax.models import LanguageModel, route
@@ -306,6 +306,16 @@ def test_neutral_settings_have_no_budget() -> None:
 def test_settings_that_cannot_work(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         budget_of(**settings)
+
+
+def test_budgets_of_heads_are_split_over_them_and_need_scores() -> None:
+    layout = Layout.create("hp", num_ffn_heads=8, num_experts=64, num_devices=1)
+    scored = config_for("hp", router_score="softmax", router_scope="group")
+    assert EngineConfig(expert_budget=32).expert_budget_of(scored, layout) == ExpertBudget(4)
+    with pytest.raises(ConfigError, match="expert_budget=20 is not divisible by num_ffn_heads=8"):
+        EngineConfig(expert_budget=20).expert_budget_of(scored, layout)
+    with pytest.raises(ConfigError, match="router_score=topk_softmax has none before experts are chosen"):
+        EngineConfig(expert_budget=32).expert_budget_of(config_for("hp"), layout)
 
 
 def test_experts_outside_the_set_cannot_be_chosen() -> None:

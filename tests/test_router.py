@@ -64,6 +64,12 @@ def test_select_fn_takes_experts_out_and_valid_says_so() -> None:
     assert np.all(np.where(routing.valid_SNk, 1.0, routing.weights_SNk) == np.where(routing.valid_SNk, 1.0, 0.0))
 
 
+def test_weights_without_a_select_fn_sum_to_one_where_the_chosen_are_normalised() -> None:
+    routing = route(logits(), 2, score="topk_softmax", select_fn=lambda scores, active: scores.at[..., 0].set(-jnp.inf))
+    np.testing.assert_allclose(routing.weights_SNk.sum(-1), 1.0, rtol=1e-6)
+    assert np.all(routing.unrestricted_SN == 1) and not np.any(routing.indices_SNk == 0)
+
+
 def test_inactive_tokens_choose_nothing() -> None:
     active = jnp.asarray([True, False, True, True, False])
     routing = route(logits(), 2, active_tokens=active)

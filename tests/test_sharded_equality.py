@@ -78,7 +78,7 @@ def test_layouts_and_remat_policies(kind: LayoutKind, sizes: dict[str, int], rem
     ("kind", "sizes", "options"),
     [
         ("hp", {"group": 4, "expert": 2}, {"num_ffn_heads": 4, "expert_activation": "swiglu"}),
-        pytest.param("hp", {"group": 4, "data": 2}, GROUP_SOFTMAX | {"experts_per_token": 8}, marks=SLOW),
+        ("hp", {"group": 4, "data": 2}, GROUP_SOFTMAX | {"experts_per_token": 8}),
         pytest.param("hp", {"group": 4, "data": 2}, {"router_score": "sigmoid"}, marks=SLOW),
         pytest.param("fsdp", {"data": 8}, {}, marks=SLOW),
     ],

@@ -102,6 +102,26 @@ def test_load_imbalance_is_largest_over_mean_averaged_over_layers():
     assert float(load_imbalance(jnp.array([[4.0, 0.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0]]))) == pytest.approx(1.5)
 
 
+def test_rows_of_a_process_lie_together_or_are_refused():
+    """Two processes of four devices; heads over `group`, the experts of each over `expert`, whose rows take turns."""
+
+    class OfProcess:
+        """The sharding as one process sees it, which has the first half of the mesh's devices."""
+
+        def __init__(self, layout):
+            self.mesh, self.spec = layout.mesh, layout.batch_spec()
+            self._whole, self._own = layout.sharding(self.spec), set(layout.mesh.devices.flat[:4])
+
+        def addressable_devices_indices_map(self, shape):
+            return {d: i for d, i in self._whole.devices_indices_map(shape).items() if d in self._own}
+
+    sizes = {"num_ffn_heads": 4, "num_experts": 64}
+    assert data_shard(OfProcess(Layout.create("hp", **sizes, group=4, data=2)), 16) == (0, 2)
+    assert data_shard(OfProcess(Layout.create("hp", num_ffn_heads=2, num_experts=64, group=2, expert=2)), 16) == (0, 2)
+    with pytest.raises(ValueError, match=r"do not lie together \(mesh.data=1, mesh.group=4, mesh.expert=2\)"):
+        data_shard(OfProcess(Layout.create("hp", **sizes, group=4, expert=2)), 16)
+
+
 def test_processes_that_hold_the_same_rows_read_the_same_part():
     layout = Layout.create("foe", num_groups=2, num_devices=4, data=2, group=2)
     sharding = layout.sharding(layout.batch_spec())

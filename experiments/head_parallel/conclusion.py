@@ -157,7 +157,7 @@ def _two_hosts_findings(runs: Sequence[Run]) -> list[str]:
 
 
 def _load_findings(runs: Sequence[Run]) -> list[str]:
-    """The run without the bias rule against the one with it that ends most even."""
+    """The run without the bias rule against those with it."""
     without = next((run for run in runs if not run["rate"]), None)
     others = [run for run in runs if run["rate"]]
     if without is None or not others:

@@ -121,7 +121,8 @@ def _loss_section(found: Found) -> str:
         f"Each model tried the learning rates {', '.join(f'{rate:g}' for rate in settings['rates'])} with seed "
         f"{SWEEP_SEED}, and ran the best with {_count(len(settings['seeds']), 'other seed')}, of weights, held-out "
         "split and order of the data, the same for all models. MoE and FoE balance by their auxiliary loss, the "
-        "Multi-Head LatentMoEs by the bias rule. Validation loss: cross-entropy in nats per token, on the whole split."
+        "Multi-Head LatentMoEs by the bias rule, whose rate stays that of their "
+        "configs whatever the learning rate. Validation loss: cross-entropy in nats per token, on the whole split."
     )
     sweep = [
         [

@@ -1,7 +1,7 @@
 """FoE, MoE and Multi-Head LatentMoE on two hosts with a slow link between them: time and bytes of a step by rate.
 
 Usage:
-    python -m experiments.two_hosts --out FOLDER                # needs root, ip and tc; 15 minutes on two cores
+    python -m experiments.two_hosts --out FOLDER                # needs root, ip and tc; 10 minutes on two cores
     python -m experiments.two_hosts --out FOLDER --quick        # the same code in a few minutes; its times are noise
     python -m experiments.two_hosts --out FOLDER --render       # tables and plots anew from FOLDER/two_hosts.json
 

@@ -17,7 +17,7 @@ _OPTIONS = (
     ("prefill_tokens", 1, 2048, "prompt tokens of a step, for each part of the devices with sequences of its own"),
     ("decode_steps", 1, 8, "tokens in a row that are decoded where nobody waits"),
     ("expert_budget", 0, 0, "experts of a layer that a step which only decodes may read; 0 is all"),
-    ("expert_warm_up", 0, 0, "choices of every token inside each group that stay whatever the budget says"),
+    ("expert_warm_up", 0, 0, "choices of every token inside each group or head that stay whatever the budget says"),
 )
 
 

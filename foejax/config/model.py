@@ -87,7 +87,8 @@ class ModelConfig(Section):
         if self.router_score == "topk_softmax" and self.experts_per_stack < 2:
             raise ValueError(
                 f"router_score=topk_softmax gives the only expert of experts_per_token={self.experts_per_token} over "
-                f"{self.num_stacks} stacks the weight 1, and the router no gradient: choose twice as many, or softmax"
+                f"{self.num_stacks} stacks the weight 1, and the router no gradient: choose twice as many, or "
+                "router_score=softmax with router_scope=group"
             )
         return self
 
@@ -123,7 +124,8 @@ class ModelConfig(Section):
         if coef and self.streams_scores:
             raise ValueError(
                 f"{name}={coef} needs the scores of all experts, of which router_score=topk_softmax keeps the chosen "
-                "ones alone: set it to 0 and balance by router_bias_rate, or set router_score=softmax"
+                "ones alone: set it to 0 and balance by router_bias_rate, or set router_score=softmax and "
+                "router_scope=group"
             )
 
     @property

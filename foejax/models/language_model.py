@@ -34,7 +34,7 @@ class RoutingTrace:
     """Which experts every token used, over the whole model.
 
     Attributes:
-      experts: int32 [L, H, N, k], expert inside the group; tokens in batch order.
+      experts: int32 [L, H, N, k], expert inside the group or head; tokens in batch order.
       weights: [L, H, N, k], router weight of each choice; 0 where not valid.
       margins: [L, H, N], gap between the last chosen score and the best one left out.
     """
@@ -49,7 +49,7 @@ QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 class LanguageModel(nnx.Module):
-    """A Federation-of-Experts (or, with one group, mixture-of-experts) language model on a device mesh."""
+    """A Federation-of-Experts, mixture-of-experts or Multi-Head LatentMoE language model on a device mesh."""
 
     def __init__(self, transformer: Transformer, config: ModelConfig, layout: Layout) -> None:
         self.transformer = transformer
@@ -293,9 +293,12 @@ def _trace(routing: Routing) -> RoutingTrace:
 def _check_layout(config: ModelConfig, layout: Layout) -> None:
     sizes = layout.sizes
     if layout.exchanges_heads != bool(config.num_ffn_heads) and layout.mesh.size > sizes.data:
-        fitting = "hp (or fsdp)" if config.num_ffn_heads else "another one"
+        fitting = "use mesh.layout=hp (or fsdp)" if config.num_ffn_heads else "set num_ffn_heads, or use another layout"
+        raise ValueError(f"num_ffn_heads={config.num_ffn_heads} does not fit mesh.layout={layout.kind}: {fitting}")
+    if layout.exchanges_heads and sizes.expert > 1 and sizes.group != config.num_ffn_heads:
         raise ValueError(
-            f"num_ffn_heads={config.num_ffn_heads} does not fit mesh.layout={layout.kind}: use mesh.layout={fitting}"
+            f"mesh.expert={sizes.expert} splits the experts of a head, and mesh.group={sizes.group} leaves several of "
+            f"num_ffn_heads={config.num_ffn_heads} on a device: set mesh.group={config.num_ffn_heads}"
         )
     if layout.splits_heads and config.num_groups > 1:
         raise ValueError(

@@ -34,7 +34,7 @@ class Routing:
     """Chosen experts of every token in every local group.
 
     Attributes:
-      indices_SNk: int32, expert inside the group.
+      indices_SNk: int32, expert inside the group (or head, here and below).
       weights_SNk: the router's score of each choice, 0 where not valid.
       valid_SNk: False where fewer than k live experts remain or the token is inactive.
       margin_SN: gap between the last chosen selection score and the best one not chosen; a choice with a tiny margin
@@ -116,6 +116,8 @@ def route(
     weights_SNk = jnp.where(valid_SNk, weights_SNk, 0.0)
     unrestricted_SN = None
     if unrestricted_C is not None:
+        if score == "topk_softmax":
+            unrestricted_C = jnp.ones_like(unrestricted_C)
         unrestricted_SN = jnp.where(active_tokens[None], unrestricted_C.reshape(shape[:2]), 0.0)
     margin_SN = chosen.margin_N.reshape(shape[:2])
     return Routing(chosen.indices_Nk.reshape(shape), weights_SNk, valid_SNk, margin_SN, unrestricted_SN)

@@ -3,7 +3,7 @@
 The tokens of every slot live on the device: a step reads what it needs, samples, and appends, so that several decoding
 steps can follow each other without the host.
 
-Shape letters: Z copies along the devices of the `group` axis, M slots of this device's shard, H longest sequence,
+Shape letters: Z copies on devices with the same tokens, M slots of this device's shard, H longest sequence,
 R rows of a section, D decode rows, P prompt rows, T tokens of a prompt row, B blocks of a sequence, V vocabulary.
 """
 
@@ -32,7 +32,8 @@ class DeviceState:
 
     Attributes:
       k_XSGCK, v_XSGCK: the cache, see `PagedCache`.
-      history_ZMH: int32, tokens of the sequence in every slot; each device of the `group` axis keeps its own copy.
+      history_ZMH: int32, tokens of the sequence in every slot; each of the devices that hold the same tokens
+        keeps its own copy.
     """
 
     k_XSGCK: jax.Array
@@ -269,7 +270,7 @@ def load_local(
 
 
 def state_specs(layout: Layout) -> DeviceState:
-    """Partitions of the state: blocks and slots over the token shards, heads over the groups."""
+    """Partitions of the state: blocks and slots over the token shards, heads as the layout splits them."""
     cache, history = layout.batch_spec(*layout.head_axes), PartitionSpec(layout.copies_axis, layout.token_axes)
     return DeviceState(cache, cache, history)  # type: ignore[arg-type]
 

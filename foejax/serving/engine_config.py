@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from foejax.config import ConfigError, ModelConfig
-from foejax.serving.expert_budget import ExpertBudget
+from foejax.serving.expert_budget import ExpertBudget, check_scores
 from foejax.serving.scheduler import SchedulerLimits
 from sharding import Layout
 
@@ -34,9 +34,10 @@ class EngineConfig:
       decode_steps: tokens in a row that sequences decode without the host where nobody waits.
       reuse_prefixes: keep the cache of finished sequences for prompts that begin like them, while there is room.
       score_prompts: be able to tell log-probabilities of prompts, for which one more program is compiled.
-      expert_budget: experts of a layer, over all groups, that a step which only decodes may read; 0 is all. Split
-        evenly over the groups and over the devices that share experts; see `expert_budget.py`.
-      expert_warm_up: choices of every token inside each group that stay whatever the budget says, and may exceed it.
+      expert_budget: experts of a layer, over all groups or heads, that a step which only decodes may read; 0 is all.
+        Split evenly over these and over the devices that share experts; see `expert_budget.py`.
+      expert_warm_up: choices of every token inside each group or head that stay whatever the budget says, and may
+        exceed it.
       report_experts: say of every step which experts it read; under a budget that takes any out it is always said.
     """
 
@@ -80,9 +81,12 @@ class EngineConfig:
         """The budget of each part of a layer's experts; None where it would change nothing.
 
         Raises:
-          ConfigError: fewer experts than a token chooses, or a number that does not divide over the parts.
+          ConfigError: a router without scores to sum, fewer experts than a token chooses, or a number that does not
+            divide over the parts.
         """
         budget, shards = self.expert_budget, layout.num_expert_shards
+        if budget:
+            check_scores(model)
         parts = model.num_stacks * shards
         if not budget or budget >= model.num_experts:
             return None

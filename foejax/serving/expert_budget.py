@@ -15,9 +15,10 @@ Where the paper's text is not at hand, our reading:
   - g is what the router chooses by: the softmax or sigmoid over the experts, plus the selection bias of loss-free
     balancing where there is one. Weights stay the scores themselves, which this model does not renormalise.
   - The warm-up counts towards the budget and may exceed it: |S| = max(m, |W|).
-  - A budget is split evenly over parts: FoE groups, or the devices that experts are spread over. In each part the best
-    m_g = m / parts stay, the optimum under a limit for every device (a partition matroid). In a part |W| may exceed m_g
-    as above. A token of many choices may so lose one even when it is alone; with one part and m >= k it does not.
+  - A budget is split evenly over parts: FoE groups, heads of experts, or the devices that experts are spread over. In
+    each part the best m_g = m / parts stay, the optimum under a limit for every device (a partition matroid). In a part
+    |W| may exceed m_g as above. A token of many choices may so lose one even when it is alone; with one part and
+    m >= k it does not.
   - Ties go to the lower index.
 
 Only steps that decode and do nothing else are budgeted. A prompt's tokens reach nearly all experts whatever is done,
@@ -41,6 +42,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from foejax.config import ConfigError, ModelConfig
 from foejax.models.router import Routing, SelectFn
 from pallas_kernels import routing_topk
 from sharding import Layout
@@ -59,6 +61,15 @@ class ExpertBudget:
     part_size: int
     warm_up: int = 0
     parts: int = 1
+
+
+def check_scores(model: ModelConfig) -> None:
+    """ConfigError for a model whose routers choose by logits, of which a sum over tokens says nothing."""
+    if model.router_score == "topk_softmax":
+        raise ConfigError(
+            "an expert budget sums the scores of all experts, and router_score=topk_softmax has none before experts "
+            "are chosen: serve without expert_budget"
+        )
 
 
 def make_select_fn(budget: ExpertBudget, layout: Layout) -> SelectFn:

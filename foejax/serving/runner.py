@@ -222,7 +222,9 @@ class ModelRunner:
         )
 
     def _output_specs(self) -> tuple[PartitionSpec, PartitionSpec]:
-        """Partitions of the fields of an `_Output`: [Z, steps, shards * rows, ...] and [shards, steps, layers, H, ...].
+        """Partitions of the fields of an `_Output`: [Z, steps, shards * rows, ...] and [parts, steps, layers, H, ...].
+
+        Parts are those of the routed tokens.
 
         Devices with the same tokens sample alike; where results are gathered, one copy is enough.
         """

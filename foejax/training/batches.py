@@ -18,7 +18,7 @@ def data_shard(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
     Processes whose devices hold the same rows (a `group` axis that crosses hosts) read the same part.
 
     Raises:
-      ValueError: the batch does not divide into the shards of the mesh.
+      ValueError: the batch does not divide into the shards of the mesh, or this process's rows do not lie together.
     """
     shards = int(np.prod([sharding.mesh.shape[axis] for axis in _axes_of(sharding.spec, 0)]))
     if batch_size % shards:
@@ -29,6 +29,12 @@ def data_shard(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
     rows = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values() if index]
     start = min(part.start or 0 for part in rows)
     stop = max(batch_size if part.stop is None else part.stop for part in rows)
+    if len({(part.start, part.stop) for part in rows}) * (batch_size // shards) != stop - start:
+        sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in sharding.mesh.shape.items())
+        raise ValueError(
+            f"the devices of a process hold rows of the batch that do not lie together ({sizes}): start processes "
+            "whose devices are all of mesh.group x mesh.expert, or leave mesh.expert at 1"
+        )
     return start // (stop - start), batch_size // (stop - start)
 
 

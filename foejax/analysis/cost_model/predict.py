@@ -169,11 +169,10 @@ def _exchanged(
         return others + choice + [row for row in sends if row.get("branch", 0) == branch]
     useful = [row for row in sends if "useful_payload_bytes" in row and row.get("branch", 0) == 0]
     # The fullest sender, or the fullest receiver where that one gets more.
-    load = max(1.0, imbalance * step.tokens / (len(step.shards) * step.device_tokens))
+    load = max(choosing / here.tokens, imbalance * step.tokens / (len(step.shards) * step.device_tokens))
     if exchange == "needed":
-        load *= choosing / here.tokens
         return others + [row | {"payload_bytes": round(row["useful_payload_bytes"] * load)} for row in useful]
-    elements = choosing * here.choices * here.groups * here.width * load
+    elements = here.tokens * here.choices * here.groups * here.width * load
     return others + [row | {"payload_bytes": round(elements * ITEMSIZE[model.dtype])} for row in useful]
 
 
